@@ -1,0 +1,235 @@
+"""A frozen model with low-rank adapters on it.
+
+Fine-tuning moves a weight matrix W by some dW of the same size. LoRA (Hu et al. 2021, arXiv 2106.09685) only allows a dW of
+low rank, written as a product of two thin matrices, and leaves W itself alone:
+
+    y = W x + (alpha / sqrt(r)) * B (A x)            A: r x d_in,  B: d_out x r
+
+At rank r = 1 an adapter is two vectors. A is a question asked of every token ("how much of this direction is in you?"), and B
+is what is added to the token's state, in proportion to the answer. Everything that a run of this project learns is that pair.
+Dividing by sqrt(r) instead of r keeps the size of the update the same at every rank ("rank-stabilised", Kalajdzievski 2023,
+arXiv 2312.03732). B starts at zero, so that an untrained adapter changes nothing.
+
+    >>> model, tokenizer = load_base("smollm2")
+    >>> attach(model, layers=[15], targets=["down_proj"], rank=1, alpha=256)
+    >>> save_adapter(model, "my_adapter")           # a folder that peft, transformers and vLLM open
+"""
+import contextlib
+import json
+import math
+import os
+import re
+
+import torch
+from torch import nn
+
+from data import Problem, load_tokenizer, model_folder, write_whole
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # the seven of a Llama-like layer
+
+
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear and the low-rank path beside it; stands in the model where the nn.Linear stood."""
+
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        self.base = base
+        bound = 1 / math.sqrt(base.in_features)
+        A = torch.empty(rank, base.in_features).uniform_(-bound, bound)  # drawn on the CPU: one seed, the same A on any device
+        self.A = nn.Parameter(A.to(base.weight.device))                  # (r, d_in), float32 whatever the base is
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))  # (d_out, r)
+        self.scale = alpha / math.sqrt(rank)
+        self.per_row = None
+
+    def forward(self, x):                                                # (rows, tokens, d_in)
+        A, B, scale = self.A, self.B, self.scale
+        if self.per_row is not None:
+            A, B, row_adapter, row_scale = self.per_row
+            A, B = A[row_adapter], B[row_adapter]                        # (rows, r, d_in), (rows, d_out, r)
+            scale = row_scale[:, None, None]                             # (rows, 1, 1)
+        y = self.base(x)
+        update = scale * (x.to(A.dtype) @ A.mT @ B.mT)                   # (rows, tokens, d_out); never B A, which is as big as W
+        return (y + update).to(y.dtype)
+
+
+def decoder(model):
+    """The module that holds the decoder layers, however deep the family nests it (Llama, Qwen: .model, Gemma 3 one below)."""
+    return next(m for m in model.modules() if hasattr(m, "layers") and hasattr(m, "embed_tokens"))
+
+
+def attach(model, layers=None, targets=PROJECTIONS, rank=1, alpha=256):
+    """Freezes `model` and puts a new adapter beside every projection named in `targets` in every layer of `layers`.
+
+    model: a transformers causal language model.   layers: a list of indices, or None for all.   targets: a list of names such as
+    "down_proj".   rank, alpha: as in the equation above.   Returns {module path: LoRALinear}, in the model's order.
+    Raises Problem for a layer or a projection that the model lacks, before anything is changed.
+    """
+    model.requires_grad_(False)
+    blocks = decoder(model).layers
+    layers = list(range(len(blocks))) if layers is None else layers
+    for layer in layers:
+        if not 0 <= layer < len(blocks):
+            raise Problem(f"layer {layer} does not exist: this model has layers 0 to {len(blocks) - 1}")
+    here = sorted({name.split(".")[-1] for name, m in blocks[0].named_modules() if isinstance(m, nn.Linear)})
+    for target in targets:
+        if target not in here:
+            raise Problem(f"this model has no projection called {target}; it has {', '.join(here)}")
+    for layer in layers:
+        for name, module in list(blocks[layer].named_modules()):
+            if name.split(".")[-1] in targets and isinstance(module, nn.Linear):
+                blocks[layer].set_submodule(name, LoRALinear(module, rank, alpha))
+    return adapters(model)
+
+
+def adapters(model):
+    """{module path: LoRALinear} for every adapter on the model."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def get_tensors(model):
+    """The adapters as {"<path>.A": (r, d_in), "<path>.B": (d_out, r)}: what a checkpoint file holds."""
+    return {f"{path}.{x}": getattr(m, x).detach().cpu().clone() for path, m in adapters(model).items() for x in "AB"}
+
+
+def set_tensors(model, tensors):
+    """Puts what `get_tensors` gave back into the model."""
+    with torch.no_grad():
+        for path, m in adapters(model).items():
+            m.A.copy_(tensors[f"{path}.A"])
+            m.B.copy_(tensors[f"{path}.B"])
+
+
+def set_rows(model, stack, row_adapter, row_scale):
+    """Gives every row of the next batches an adapter of its own, so that one forward runs many adapters side by side.
+
+    stack: a list of K results of `get_tensors`, or None to go back to the model's own adapter for all rows.
+    row_adapter: (rows,) integers, which of the K each row uses.   row_scale: (rows,) floats, its contribution times this (0: the base).
+    """
+    for path, m in adapters(model).items():
+        if stack is None:
+            m.per_row = None
+            continue
+        device = m.base.weight.device
+        A = torch.stack([tensors[f"{path}.A"] for tensors in stack]).to(device)  # (K, r, d_in)
+        B = torch.stack([tensors[f"{path}.B"] for tensors in stack]).to(device)  # (K, d_out, r)
+        m.per_row = A, B, row_adapter.to(device), m.scale * row_scale.to(device)
+
+
+def merge(model):
+    """Adds every adapter into its base weight, W + scale B A, rounded once to the weight's dtype, and removes it. Returns the model."""
+    for path, m in adapters(model).items():
+        with torch.no_grad():
+            m.base.weight.copy_(m.base.weight.float() + m.scale * (m.B @ m.A))
+        model.set_submodule(path, m.base)
+    return model
+
+
+class Skip(nn.Module):
+    """Stands in for a decoder layer that is not to run."""
+
+    def forward(self, hidden, *args, **kwargs):
+        return hidden
+
+
+def run_layers(model, x, start=0, stop=None, **kwargs):
+    """Runs decoder layers start <= i < stop (default: to the end, the final norm included).
+
+    x: tokens (rows, tokens) if start is 0, else the hidden states (rows, tokens, d_model) that layer `start` reads.
+    Returns hidden states (rows, tokens, d_model). Rows are padded on the right: a causal model's real tokens never look
+    there, so no mask is needed, and attention takes its fast path.
+    """
+    d = decoder(model)
+    layers, norm = d.layers, d.norm
+    stop = len(layers) if stop is None else stop
+    with contextlib.ExitStack() as after:
+        after.callback(lambda: (setattr(d, "layers", layers), setattr(d, "norm", norm)))
+        d.layers = nn.ModuleList(layer if start <= i < stop else Skip() for i, layer in enumerate(layers))
+        d.norm = norm if stop == len(layers) else nn.Identity()
+        inputs = {"input_ids": x} if start == 0 else {"inputs_embeds": x}
+        return d(**inputs, use_cache=False, **kwargs).last_hidden_state
+
+
+def save_adapter(model, folder):
+    """Writes the adapter in PEFT's format: adapter_model.safetensors and, last, adapter_config.json."""
+    from safetensors.torch import save
+    found = adapters(model)
+    any_adapter = next(iter(found.values()))
+    rank = any_adapter.A.shape[0]
+    layers = sorted({int(re.search(r"layers\.(\d+)\.", path)[1]) for path in found})
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.config._name_or_path,
+        "r": rank, "lora_alpha": any_adapter.scale * math.sqrt(rank), "use_rslora": True, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": sorted({path.split(".")[-1] for path in found}), "fan_in_fan_out": False, "inference_mode": True,
+        "layers_to_transform": layers if len(layers) < len(decoder(model).layers) else None,
+    }
+    tensors = {f"base_model.model.{name[:-2]}.lora_{name[-1]}.weight": t for name, t in get_tensors(model).items()}
+    os.makedirs(folder, exist_ok=True)
+    write_whole(os.path.join(folder, "adapter_model.safetensors"), save(tensors, metadata={"format": "pt"}))
+    write_whole(os.path.join(folder, "adapter_config.json"), json.dumps(config, indent=2).encode())
+
+
+def load_adapter(model, folder):
+    """Puts a LoRA adapter in PEFT's format (a folder, or a name on the hub) on the model. Returns {module path: LoRALinear}."""
+    from safetensors.torch import load_file
+    folder = model_folder(folder, ["adapter_config.json", "adapter_model.safetensors"])
+    try:
+        with open(os.path.join(folder, "adapter_config.json")) as f:
+            config = json.load(f)
+        tensors = load_file(os.path.join(folder, "adapter_model.safetensors"))
+    except (OSError, ValueError) as error:
+        raise Problem(f"{folder} holds no PEFT adapter that can be read (adapter_config.json, adapter_model.safetensors): {error}")
+    if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern") or config.get("modules_to_save"):
+        raise Problem(f"{folder}/adapter_config.json asks for DoRA, ranks that vary or whole modules; plain LoRA is all that is read here")
+    model.requires_grad_(False)
+    blocks = decoder(model).layers
+    alpha = config["lora_alpha"] if config.get("use_rslora") else config["lora_alpha"] / math.sqrt(config["r"])
+    for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
+        # What stands before "layers." changed between transformers versions; the layer and the name after it did not.
+        where = re.search(r"layers\.(\d+)\.(.+)\.lora_A\.weight$", name)
+        try:
+            block, path = blocks[int(where[1])], where[2]
+            adapter = LoRALinear(block.get_submodule(path), config["r"], alpha)
+            with torch.no_grad():
+                adapter.A.copy_(tensors[name])
+                adapter.B.copy_(tensors[name.replace("lora_A", "lora_B")])
+        except (TypeError, IndexError, KeyError, AttributeError, RuntimeError):
+            raise Problem(f"{folder} does not fit this model: {name}, {tuple(tensors[name].shape)}, has no place in it")
+        block.set_submodule(path, adapter)
+    return adapters(model)
+
+
+def load_base(name, device=None, dtype=None):
+    """Loads a chat model and its tokenizer, and prints what it picked and why.
+
+    name: a hub name, a local folder, or "smollm2".   device: "cuda", "mps", "cpu" or None for the best there is.
+    dtype: "bfloat16", "float16", "float32" or None for bfloat16 where the hardware has it, float32 where not.
+    Returns (model in eval mode, tokenizer). Raises Problem if it cannot be had.
+    """
+    from transformers import AutoModelForCausalLM
+    device, dtype, why = pick_device(device, dtype)
+    tokenizer = load_tokenizer(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=getattr(torch, dtype)).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise Problem(f"{name} holds no language model that transformers can read ({str(error).splitlines()[0]})")
+    model.config._name_or_path = name
+    print(f"{name} on {device} in {dtype}: {why}")
+    return model, tokenizer
+
+
+def pick_device(device=None, dtype=None):
+    """(device, dtype, why), as words. bfloat16 only where the hardware computes in it: emulated, it is slower than float32."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise Problem("--device cuda: torch sees no CUDA device here; leave --device out to use what there is")
+        fast, what = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name(device)
+    elif device == "cpu":
+        found = {"avx512_bf16", "amx_bf16"} & {name for name, there in torch.cpu.get_capabilities().items() if there is True}
+        fast, what = bool(found), f"this CPU (with {' and '.join(sorted(found))})" if found else "this CPU (no AVX512-BF16, no AMX)"
+    else:
+        fast, what = False, f"{device} (where bfloat16 depends on the chip)"
+    if dtype is not None:
+        return device, dtype, "as asked"
+    return (device, "bfloat16", f"{what} computes in it") if fast else (device, "float32", f"{what} does not compute in bfloat16")
