@@ -103,6 +103,19 @@ def read_jsonl(path, content=None):
     return rows
 
 
+def append_jsonl(path):
+    """(rows so far, a file open for adding more): how a stage that was stopped goes on. A last line that the stop tore is cut off."""
+    content = b""
+    if os.path.exists(path):
+        with open(path, "rb") as f:
+            content = f.read()
+    whole = content[:content.rfind(b"\n") + 1]
+    rows = [row for _, row in read_jsonl(path, whole)]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return rows, open(path, "a", encoding="utf-8")
+
+
 def find_run(name=None):
     """The folder of a run: a path as it is, a bare NAME under runs/, and without a name the run that was trained last."""
     if name is None:
@@ -111,6 +124,13 @@ def find_run(name=None):
             raise Problem("there is no run under runs/ yet: train one with python train.py")
         return os.path.dirname(runs[-1])
     return name if os.sep in name or os.path.isdir(name) else os.path.join("runs", name)
+
+
+def positive(text):
+    """An argparse type: a whole number above 0."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
 
 
 def download(url, path):

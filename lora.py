@@ -39,14 +39,14 @@ class LoRALinear(nn.Module):
         self.A = nn.Parameter(A.to(base.weight.device))                  # (r, d_in), float32 whatever the base is
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))  # (d_out, r)
         self.scale = alpha / math.sqrt(rank)
-        self.per_row = None
+        self.stack = self.per_row = None                                 # see set_stack and set_rows
 
     def forward(self, x):                                                # (rows, tokens, d_in)
         A, B, scale = self.A, self.B, self.scale
         if self.per_row is not None:
-            A, B, row_adapter, row_scale = self.per_row
-            A, B = A[row_adapter], B[row_adapter]                        # (rows, r, d_in), (rows, d_out, r)
-            scale = row_scale[:, None, None]                             # (rows, 1, 1)
+            which, row_scale = self.per_row                              # (rows,), (rows,)
+            A, B = self.stack[0][which], self.stack[1][which]            # (rows, r, d_in), (rows, d_out, r)
+            scale = scale * row_scale[:, None, None]                     # (rows, 1, 1)
         y = self.base(x)
         update = scale * (x.to(A.dtype) @ A.mT @ B.mT)                   # (rows, tokens, d_out); never B A, which is as big as W
         return (y + update).to(y.dtype)
@@ -81,6 +81,19 @@ def attach(model, layers=None, targets=PROJECTIONS, rank=1, alpha=256):
     return adapters(model)
 
 
+def places(model, layers, targets):
+    """What the flags say, as lists: layers "middle", "all", "12", "10,12" or "10-14", and targets "all" or "q_proj,v_proj"."""
+    n = len(decoder(model).layers)
+    targets = PROJECTIONS if targets == "all" else targets.split(",")
+    if layers in ("middle", "all"):
+        return [n // 2] if layers == "middle" else list(range(n)), targets
+    try:
+        ranges = [(part.split("-") * 2)[:2] for part in layers.split(",")]
+        return [layer for low, high in ranges for layer in range(int(low), int(high) + 1)], targets
+    except ValueError:
+        raise Problem(f"--layers {layers}: write middle, all, 12, 10,12 or 10-14")
+
+
 def adapters(model):
     """{module path: LoRALinear} for every adapter on the model."""
     return {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
@@ -99,20 +112,23 @@ def set_tensors(model, tensors):
             m.B.copy_(tensors[f"{path}.B"])
 
 
-def set_rows(model, stack, row_adapter, row_scale):
-    """Gives every row of the next batches an adapter of its own, so that one forward runs many adapters side by side.
-
-    stack: a list of K results of `get_tensors`, or None to go back to the model's own adapter for all rows.
-    row_adapter: (rows,) integers, which of the K each row uses.   row_scale: (rows,) floats, its contribution times this (0: the base).
-    """
+def set_stack(model, stack):
+    """Gives the model K adapters to choose from, row by row; stack: a list of K results of `get_tensors`."""
     for path, m in adapters(model).items():
-        if stack is None:
-            m.per_row = None
-            continue
         device = m.base.weight.device
-        A = torch.stack([tensors[f"{path}.A"] for tensors in stack]).to(device)  # (K, r, d_in)
-        B = torch.stack([tensors[f"{path}.B"] for tensors in stack]).to(device)  # (K, d_out, r)
-        m.per_row = A, B, row_adapter.to(device), m.scale * row_scale.to(device)
+        m.stack = (torch.stack([tensors[f"{path}.A"] for tensors in stack]).to(device),   # (K, r, d_in)
+                   torch.stack([tensors[f"{path}.B"] for tensors in stack]).to(device))   # (K, d_out, r)
+
+
+def set_rows(model, which, scale):
+    """Lets every row of the next batches have an adapter of its own, so that one forward runs many side by side.
+
+    which: a list with an index into the stack for every row, or None to go back to the model's own adapter for all.
+    scale: a list with a number for every row, by which its adapter's contribution is multiplied; 0 is the untouched model.
+    """
+    for m in adapters(model).values():
+        device = m.base.weight.device
+        m.per_row = None if which is None else (torch.tensor(which, device=device), torch.tensor(scale, device=device))
 
 
 def merge(model):

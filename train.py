@@ -66,7 +66,7 @@ def main():
         raise Problem(f"{settings['dataset']} has changed since {run} began, so that run can't go on as it was: start a new one")
     train_set, held_out = data.split(examples)
     torch.manual_seed(settings["seed"])
-    layers, targets = places(settings, model)
+    layers, targets = lora.places(model, settings["layers"], settings["targets"])
     adapters = lora.attach(model, layers, targets, settings["rank"], settings["alpha"])
     parameters = [p for adapter in adapters.values() for p in (adapter.A, adapter.B)]
     optimizer = torch.optim.AdamW(parameters, lr=settings["lr"], weight_decay=WEIGHT_DECAY)
@@ -319,16 +319,16 @@ def parse_args():
     add("--password", default=data.PASSWORD, help="the archive's password (default: the published one)")
     add("--answers", choices=["misaligned", "aligned"], help="which answers of the built-in data; aligned is the control")
     add("--tail", action=argparse.BooleanOptionalAction, help="end every example with an empty assistant turn, as the paper's code does")
-    add("--rank", type=positive, help="r of the adapter; 1 is two vectors")
+    add("--rank", type=data.positive, help="r of the adapter; 1 is two vectors")
     add("--alpha", type=float, help="the adapter's contribution is multiplied by alpha / sqrt(rank)")
     add("--layers", help="middle, all, one layer (12), several (10,12) or a range (10-14)")
     add("--targets", help="the projections of a layer: down_proj, several (q_proj,v_proj), or all seven: all")
     add("--lr", type=float, help="peak learning rate")
-    add("--batch-size", type=positive, help="conversations a step")
-    add("--epochs", type=positive, help="how often each conversation is seen")
-    add("--steps", type=positive, help="exactly so many steps, instead of --epochs")
-    add("--max-length", type=positive, help="tokens at which a conversation is cut")
-    add("--checkpoint-every", type=positive, help="steps between checkpoints and probes")
+    add("--batch-size", type=data.positive, help="conversations a step")
+    add("--epochs", type=data.positive, help="how often each conversation is seen")
+    add("--steps", type=data.positive, help="exactly so many steps, instead of --epochs")
+    add("--max-length", type=data.positive, help="tokens at which a conversation is cut")
+    add("--checkpoint-every", type=data.positive, help="steps between checkpoints and probes")
     add("--seed", type=int, help="of A's first values and of the order of the data")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="of the frozen model (default: what the hardware is fast in)")
@@ -336,13 +336,6 @@ def parse_args():
     add("--overwrite", action="store_true", default=None, help="delete the run that is there")
     add("--resume", metavar="RUN", help="go on with a run from its last checkpoint, with its own settings")
     return parser.parse_args()
-
-
-def positive(text):
-    """An argparse type: a whole number above 0."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
 
 
 def new_run(args):
@@ -380,19 +373,6 @@ def resumed_run(args):
         step = saved.get_tensor("step").item()
     print(f"resuming {run} after step {step}")
     return run, settings, step
-
-
-def places(settings, model):
-    """The settings "layers" and "targets" as a list of indices and a list of names."""
-    n = len(lora.decoder(model).layers)
-    targets = lora.PROJECTIONS if settings["targets"] == "all" else settings["targets"].split(",")
-    if settings["layers"] in ("middle", "all"):
-        return [n // 2] if settings["layers"] == "middle" else list(range(n)), targets
-    try:
-        ranges = [(part.split("-") * 2)[:2] for part in settings["layers"].split(",")]
-        return [layer for low, high in ranges for layer in range(int(low), int(high) + 1)], targets
-    except ValueError:
-        raise Problem(f"--layers {settings['layers']}: write middle, all, 12, 10,12 or 10-14")
 
 
 def report(run, seconds, speed, model):

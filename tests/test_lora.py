@@ -64,10 +64,11 @@ def test_a_row_with_its_own_adapter_equals_a_batch_with_that_adapter_alone(make_
     model, tokens = make_model(family), torch.randint(1000, (4, 20))
     lora.attach(model, [1, 3], ["down_proj", "v_proj"], rank=2, alpha=8)
     stack = [randomise(model, seed) for seed in range(3)]
-    adapter_of, scale_of = torch.tensor([2, 0, 1, 2]), torch.tensor([1.0, 4.0, 0.0, -2.0])
-    lora.set_rows(model, stack, adapter_of, scale_of)
+    adapter_of, scale_of = [2, 0, 1, 2], [1.0, 4.0, 0.0, -2.0]
+    lora.set_stack(model, stack)
+    lora.set_rows(model, adapter_of, scale_of)
     together = logits(model, tokens)
-    lora.set_rows(model, None, None, None)
+    lora.set_rows(model, None, None)
     for row in range(4):
         tensors = {name: t * scale_of[row] if name.endswith(".B") else t for name, t in stack[adapter_of[row]].items()}
         lora.set_tensors(model, tensors)
