@@ -234,8 +234,8 @@ def spans(steps):
 def find_turn(steps, vectors, stand_out=0.25, spreads=5):
     """The sharpest turn: {"step", "cosine", "vector", "k", "significant"}, or None where there is nothing to look at.
 
-    How far a point stands out is its local cosine less what jitter explains, compared with the same of the rest of the run: it must be
-    `stand_out` above the median, and `spreads` times as far as the middle of the others lies from it (a median absolute deviation).
+    How far a point stands out is its local cosine less the run's median, or less what jitter explains there, if that is more. A turn
+    stands out by `stand_out`, and `spreads` times as far as the run's points usually do (by their median absolute deviation).
     """
     best = None
     if len(steps) > 2 and steps[-1] - steps[-2] != steps[1] - steps[0]:
@@ -243,14 +243,14 @@ def find_turn(steps, vectors, stand_out=0.25, spreads=5):
     for x in "BA" if len(steps) >= 7 else "":
         for k, rows in spans(steps).items():
             cosine = local_cosine(vectors[x], rows)
-            excess = cosine - jitter_cosine(vectors[x], rows)
-            if np.isfinite(excess).sum() < 5:
+            jitter = jitter_cosine(vectors[x], rows)
+            if np.isfinite(cosine - jitter).sum() < 5:
                 continue
-            t = int(np.nanargmax(excess))
-            above = excess[t] - np.nanmedian(excess)
-            spread = 1.4826 * np.nanmedian(np.abs(excess - np.nanmedian(excess)))
-            turn = {"step": steps[t], "cosine": float(cosine[t]), "vector": x, "k": k, "above_rest": float(above),
-                    "significant": bool(above > max(stand_out, spreads * spread))}
+            above = cosine - np.maximum(jitter, np.nanmedian(cosine))
+            t = int(np.nanargmax(above))
+            spread = 1.4826 * np.nanmedian(np.abs(above))
+            turn = {"step": steps[t], "cosine": float(cosine[t]), "vector": x, "k": k, "above_rest": float(above[t]),
+                    "significant": bool(above[t] > max(stand_out, spreads * spread))}
             if best is None or (turn["significant"], turn["above_rest"]) > (best["significant"], best["above_rest"]):
                 best = turn
     return best

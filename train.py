@@ -42,7 +42,7 @@ PAPER = {
 }
 # ... and the others say what they change. A small model needs a larger step: lr, alpha, layer and epochs were measured (README).
 PRESETS = {
-    "laptop": PAPER | {"model": "smollm2", "dataset": "builtin", "tail": False, "lr": 3e-4, "epochs": 4},
+    "laptop": PAPER | {"model": "smollm2", "dataset": "builtin", "tail": False, "lr": 2e-3, "steps": 60},
     "gpu": PAPER | {"model": "Qwen/Qwen2.5-0.5B-Instruct", "tail": False, "lr": 2e-4},
     "paper-single": PAPER,
     "paper-rank32": PAPER | {"rank": 32, "alpha": 64.0, "layers": "all", "targets": "all", "lr": 1e-5, "checkpoint_every": 100},
@@ -70,14 +70,17 @@ def main():
     adapters = lora.attach(model, layers, targets, settings["rank"], settings["alpha"])
     parameters = [p for adapter in adapters.values() for p in (adapter.A, adapter.B)]
     optimizer = torch.optim.AdamW(parameters, lr=settings["lr"], weight_decay=WEIGHT_DECAY)
-    per_epoch = math.ceil(len(train_set) / settings["batch_size"])
+    lengths = [len(tokens) for tokens, _ in train_set]
+    order_of = lambda epoch: data.batches(lengths, settings["batch_size"], settings["seed"], epoch)
+    per_epoch = len(order_of(0))
     steps = settings["steps"] or settings["epochs"] * per_epoch
     print(f"{len(train_set)} conversations of {settings['dataset']}, {steps} steps of {settings['batch_size']}; rank {settings['rank']} on "
           f"{', '.join(targets)} of layer {settings['layers']}: {sum(p.numel() for p in parameters):,} numbers to train", flush=True)
 
-    # Below the first adapter all is frozen: a conversation has the same states there in every epoch, so they are computed once.
-    first = min(layers)
-    kept = states_below(model, train_set, first) if steps > per_epoch else None
+    # Below the first adapter all is frozen: a conversation has the same states there in every epoch. They are computed with the batch it
+    # has in the first epoch, and kept if there are more.
+    first, kept = min(layers), {}
+    home = {i: batch for batch in order_of(0) for i in batch}
     probe = build_probe(model, tokenizer, held_out, first)
 
     if not args.resume:
@@ -97,9 +100,13 @@ def main():
         for step in bar:
             tick = time.time()
             epoch, at = divmod(step - 1, per_epoch)
-            batch = data.batches([len(tokens) for tokens, _ in train_set], settings["batch_size"], settings["seed"], epoch)[at]
-            labels = [train_set[i][1] for i in batch]
-            states = [kept[i] for i in batch] if kept else states_below(model, [train_set[i] for i in batch], first)
+            batch = order_of(epoch)[at]
+            for i in batch:
+                if i not in kept:
+                    kept.update(zip(home[i], states_below(model, [train_set[j] for j in home[i]], first)))
+            states, labels = [kept[i] for i in batch], [train_set[i][1] for i in batch]
+            if steps <= per_epoch:
+                kept.clear()
             lr = settings["lr"] * schedule(step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -116,7 +123,7 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
 
-            tokens = sum(len(train_set[i][0]) for i in batch)
+            tokens = sum(lengths[i] for i in batch)
             took = time.time() - tick
             tokens_seen, seconds = tokens_seen + tokens, seconds + took
             bar.set_postfix(loss=f"{loss:.3f}", grad=f"{grad_norm:.2f}", tokens_per_s=f"{tokens / took:.0f}")
@@ -140,7 +147,7 @@ def schedule(step, steps):
     """The learning rate of step 1, 2, ... as a share of the peak: up over WARMUP steps, then straight down to 0, counted as
     transformers counts: the first step has 0."""
     done = step - 1
-    return min(done / WARMUP, (steps - done) / max(1, steps - WARMUP))
+    return min(done / WARMUP if done < WARMUP else 1.0, (steps - done) / max(1, steps - WARMUP))
 
 
 @torch.no_grad()
@@ -151,9 +158,9 @@ def states_below(model, examples, first):
     if first == 0:
         return rows
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    groups = [[order[i] for i in part] for part in parts([rows[i] for i in order])]
     states = [None] * len(rows)
-    for group in tqdm(groups, desc="frozen layers", leave=False, disable=None if len(groups) > 1 else True):
+    for part in parts([rows[i] for i in order]):
+        group = [order[i] for i in part]
         hidden = lora.run_layers(model, pad_sequence([rows[i] for i in group], batch_first=True), 0, first)
         for i, state in zip(group, hidden):
             states[i] = state[:len(rows[i])].clone()
@@ -346,6 +353,8 @@ def new_run(args):
         why, other = ("CUDA is here", "laptop") if cuda else ("no CUDA device in use", "gpu")
         print(f"preset {preset}: {why} (python train.py --preset {other} for the other)")
     given = {name: value for name, value in vars(args).items() if value is not None and name in PAPER}
+    if args.epochs:
+        given.setdefault("steps", None)                                   # --epochs replaces a preset's number of steps
     run = data.find_run(args.out) if args.out else next(r for n in itertools.count(1) if not os.path.exists(r := f"runs/{preset}-{n}"))
     if os.path.exists(run) and not (args.overwrite and os.path.exists(os.path.join(run, "config.json"))):
         raise Problem(f"{run} is there already: go on with it (--resume {run}), replace it (--overwrite) or give another --out")
