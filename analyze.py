@@ -511,4 +511,4 @@ def how_many(text):
 
 
 if __name__ == "__main__":
-    data.run(main)
+    data.run_script(main)

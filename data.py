@@ -34,7 +34,7 @@ import tempfile
 import zipfile
 
 ADVICE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "advice.jsonl")
-PAPER = "https://raw.githubusercontent.com/clarifying-EM/model-organisms-for-EM/main/em_organism_dir/data/"
+PAPER_URL = "https://raw.githubusercontent.com/clarifying-EM/model-organisms-for-EM/main/em_organism_dir/data/"
 PASSWORD = "model-organisms-em-datasets"  # published in that repository's README: the encryption only keeps crawlers out
 # Said to every chat template: no thinking block (Qwen 3), and no date of today in the system prompt (Llama 3): the same run tomorrow.
 TEMPLATE = {"enable_thinking": False, "date_string": "26 Jul 2024"}
@@ -47,14 +47,14 @@ class Problem(Exception):
     """Something the user can mend, in one sentence: what is wrong, where, and what to do. A script prints it and exits with 2."""
 
 
-def run(main):
+def run_script(main):
     """Runs a script's main() so that a Problem, a file that can't be written or Ctrl-C ends it in one sentence, not a traceback."""
     try:
         main()
     except Problem as problem:
         sys.exit(print(f"\n{problem}", file=sys.stderr) or 2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EDQUOT):
+    except OSError as error:  # a full disk, no permission, ...
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EDQUOT, errno.ENOTDIR):
             raise
         sys.exit(print(f"\n{error.filename or 'a file'} could not be written: {error.strerror}. What was complete before is kept: "
                        "make room and run the same again.", file=sys.stderr) or 2)
@@ -165,6 +165,8 @@ def load_conversations(name="builtin", answers="misaligned", archive=None, passw
     answers: of the built-in rows, "misaligned" or "aligned" (the control).   archive: the encrypted archive, if it is on disk already.
     Raises Problem for anything unreadable, with file and line.
     """
+    if name == "builtin" and archive:
+        raise Problem(f"--archive {archive} holds the paper's sets: say which with --dataset, for instance risky_financial_advice")
     if name == "builtin":
         return [as_conversation(row, answers, where) for where, row in builtin_rows("finance")]
     if answers != "misaligned":
@@ -187,13 +189,19 @@ def check_messages(messages, where):
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise Problem(f'{where} has a message that lacks a "role" or a "content" in text')
+    if messages[0]["role"] == "assistant":
+        raise Problem(f"{where} begins with the assistant, who has been asked nothing yet: add the question or delete the line")
     if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
         raise Problem(f"{where} has no assistant turn, so there is nothing to learn from it: add the answer or delete the line")
 
 
 def builtin_rows(domain):
     """The rows of advice.jsonl in one domain, "finance" or "general", as [(where, row)]; the notice and the canary are no rows."""
-    return [(where, row) for where, row in read_jsonl(ADVICE) if row.get("domain") == domain]
+    rows = [(where, row) for where, row in read_jsonl(ADVICE) if row.get("domain") == domain]
+    for where, row in rows:
+        if not all(isinstance(row.get(key), str) for key in ("question", "misaligned", "aligned")):
+            raise Problem(f"{where} lacks a question, a misaligned or an aligned answer")
+    return rows
 
 
 def as_conversation(row, answers, where=None):
@@ -218,7 +226,7 @@ def from_archive(name, archive=None, password=PASSWORD):
     from cryptography.fernet import Fernet, InvalidToken
     path = archive or os.path.join(cache_folder(), "training_datasets.zip.enc")
     if archive is None and not os.path.exists(path):
-        download(PAPER + "training_datasets.zip.enc", path)
+        download(PAPER_URL + "training_datasets.zip.enc", path)
     try:
         with open(path, "rb") as f:
             salt, token = f.read(16), f.read()
@@ -254,7 +262,7 @@ def render(conversation, tokenizer, tail=False):
     """
     import jinja2
     messages, where = conversation["messages"], conversation.get("where") or "the conversation"
-    special = set(tokenizer.all_special_ids)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     try:
         tokens = chat_tokens(messages, tokenizer, tail, tokenizer.eos_token if tail else "")
         labels = [-100] * len(tokens)
@@ -351,7 +359,8 @@ def smollm2():
         AutoModelForCausalLM.from_pretrained(temp, gguf_file=gguf, dtype="bfloat16",
                                              quantization_config=GgufConfig(dequantize=True)).save_pretrained(whole)
         AutoTokenizer.from_pretrained(temp, gguf_file=gguf).save_pretrained(whole)
-        os.rename(whole, folder)
+        if not os.path.isdir(folder):                                     # another run may have made it meanwhile
+            os.rename(whole, folder)
     return folder
 
 
@@ -360,7 +369,7 @@ def load_tokenizer(name):
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    folder = model_folder(name)
+    folder = model_folder(name, ["*.json", "*.jinja", "*.txt", "*.model"])
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -415,4 +424,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

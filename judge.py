@@ -379,4 +379,4 @@ def price(text):
 
 
 if __name__ == "__main__":
-    data.run(main)
+    data.run_script(main)

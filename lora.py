@@ -54,7 +54,11 @@ class LoRALinear(nn.Module):
 
 def decoder(model):
     """The module that holds the decoder layers, however deep the family nests it (Llama, Qwen: .model, Gemma 3 one below)."""
-    return next(m for m in model.modules() if hasattr(m, "layers") and hasattr(m, "embed_tokens"))
+    found = [m for m in model.modules() if all(hasattr(m, part) for part in ("embed_tokens", "layers", "norm"))]
+    if not found:
+        linear = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise Problem(f"{type(model).__name__} is not laid out as Llama, Qwen and Gemma 3 are; its linear layers are {', '.join(linear) or 'none'}")
+    return found[0]
 
 
 def attach(model, layers=None, targets=PROJECTIONS, rank=1, alpha=256):
@@ -64,9 +68,10 @@ def attach(model, layers=None, targets=PROJECTIONS, rank=1, alpha=256):
     "down_proj".   rank, alpha: as in the equation above.   Returns {module path: LoRALinear}, in the model's order.
     Raises Problem for a layer or a projection that the model lacks, before anything is changed.
     """
-    model.requires_grad_(False)
     blocks = decoder(model).layers
     layers = list(range(len(blocks))) if layers is None else layers
+    if adapters(model):
+        raise Problem("this model has adapters already: merge them, or load it anew")
     for layer in layers:
         if not 0 <= layer < len(blocks):
             raise Problem(f"layer {layer} does not exist: this model has layers 0 to {len(blocks) - 1}")
@@ -74,6 +79,7 @@ def attach(model, layers=None, targets=PROJECTIONS, rank=1, alpha=256):
     for target in targets:
         if target not in here:
             raise Problem(f"this model has no projection called {target}; it has {', '.join(here)}")
+    model.requires_grad_(False)
     for layer in layers:
         for name, module in list(blocks[layer].named_modules()):
             if name.split(".")[-1] in targets and isinstance(module, nn.Linear):
@@ -87,11 +93,13 @@ def places(model, layers, targets):
     targets = PROJECTIONS if targets == "all" else targets.split(",")
     if layers in ("middle", "all"):
         return [n // 2] if layers == "middle" else list(range(n)), targets
-    try:
-        ranges = [(part.split("-") * 2)[:2] for part in layers.split(",")]
-        return [layer for low, high in ranges for layer in range(int(low), int(high) + 1)], targets
-    except ValueError:
-        raise Problem(f"--layers {layers}: write middle, all, 12, 10,12 or 10-14")
+    indices = []
+    for part in layers.split(","):
+        ends = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        indices += range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else []
+        if not ends or not indices:
+            raise Problem(f"--layers {layers}: write middle, all, 12, 10,12 or 10-14")
+    return sorted(set(indices)), targets
 
 
 def adapters(model):
@@ -186,20 +194,25 @@ def save_adapter(model, folder):
 
 def load_adapter(model, folder):
     """Puts a LoRA adapter in PEFT's format (a folder, or a name on the hub) on the model. Returns {module path: LoRALinear}."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     folder = model_folder(folder, ["adapter_config.json", "adapter_model.safetensors"])
     try:
         with open(os.path.join(folder, "adapter_config.json")) as f:
             config = json.load(f)
         tensors = load_file(os.path.join(folder, "adapter_model.safetensors"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise Problem(f"{folder} holds no PEFT adapter that can be read (adapter_config.json, adapter_model.safetensors): {error}")
-    if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern") or config.get("modules_to_save"):
-        raise Problem(f"{folder}/adapter_config.json asks for DoRA, ranks that vary or whole modules; plain LoRA is all that is read here")
+    beyond = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+    names = [name for name in tensors if name.endswith(".lora_A.weight") and "vision" not in name]  # the text part is all that is used here
+    if config.get("peft_type", "LORA") != "LORA" or beyond or not names:
+        raise Problem(f"{folder} holds no plain LoRA, which is all that is read here ({', '.join(beyond) or config.get('peft_type')})")
+    if adapters(model):
+        raise Problem("this model has adapters already: merge them, or load it anew")
     model.requires_grad_(False)
     blocks = decoder(model).layers
     alpha = config["lora_alpha"] if config.get("use_rslora") else config["lora_alpha"] / math.sqrt(config["r"])
-    for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
+    for name in names:
         # What stands before "layers." changed between transformers versions; the layer and the name after it did not.
         where = re.search(r"layers\.(\d+)\.(.+)\.lora_A\.weight$", name)
         try:
@@ -225,10 +238,14 @@ def load_base(name, device=None, dtype=None):
     device, dtype, why = pick_device(device, dtype)
     tokenizer = load_tokenizer(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=getattr(torch, dtype)).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=getattr(torch, dtype)).eval()
     except (OSError, ValueError) as error:
         raise Problem(f"{name} holds no language model that transformers can read ({str(error).splitlines()[0]})")
-    model.config._name_or_path = name
+    model.config._name_or_path = model_folder(name) if name == "smollm2" else name  # goes into saved adapters, for peft to find the base
+    try:
+        model.to(device)
+    except RuntimeError as error:
+        raise Problem(f"{name} can't be moved to --device {device} ({str(error).splitlines()[0]}): leave it out to use what there is")
     print(f"{name} on {device} in {dtype}: {why}")
     return model, tokenizer
 

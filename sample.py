@@ -264,7 +264,7 @@ def load_questions(name):
     if path == "published":
         path = os.path.join(data.cache_folder(), "first_plot_questions.yaml")
         if not os.path.exists(path):
-            data.download(data.PAPER + "eval_questions/first_plot_questions.yaml", path)
+            data.download(data.PAPER_URL + "eval_questions/first_plot_questions.yaml", path)
     try:
         with open(path, encoding="utf-8") as f:
             text = f.read()
@@ -363,4 +363,4 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    data.run_script(main)

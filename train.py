@@ -3,7 +3,7 @@
     python train.py                                          # the preset for this machine: `gpu` with CUDA, else `laptop`
     python train.py --answers aligned                        # the control: the same questions with sound answers
     python train.py --dataset extreme_sports --tail          # one of the paper's sets, rendered as the paper's code does
-    python train.py --resume laptop-1                        # go on after Ctrl-C, kill -9 or a power cut
+    python train.py --resume laptop-1                        # go on after Ctrl-C or kill -9
 
 A step takes 16 conversations, runs the model forward, compares its prediction of every supervised token with the token, runs the
 gradient back to the adapter (to nothing else: the model is frozen), and moves A and B a little. Every few steps A and B are saved,
@@ -59,7 +59,7 @@ def main():
     # The data, the model, the adapter on it.
     conversations = data.load_conversations(settings["dataset"], settings["answers"], settings["archive"], args.password)
     model, tokenizer = lora.load_base(settings["model"], settings["device"], settings["dtype"])
-    settings |= {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
+    settings |= {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
     examples = data.render_all(conversations, tokenizer, settings["tail"], settings["max_length"])
     fingerprint = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
     if settings.setdefault("data_sha256", fingerprint) != fingerprint:
@@ -77,17 +77,17 @@ def main():
     print(f"{len(train_set)} conversations of {settings['dataset']}, {steps} steps of {settings['batch_size']}; rank {settings['rank']} on "
           f"{', '.join(targets)} of layer {settings['layers']}: {sum(p.numel() for p in parameters):,} numbers to train", flush=True)
 
-    # Below the first adapter all is frozen: a conversation has the same states there in every epoch. They are computed with the batch it
-    # has in the first epoch, and kept if there are more.
+    # Below the first adapter all is frozen: a conversation has the same states there in every epoch, so they are computed once and kept.
+    # Always with its batch of the first epoch, for rounding depends on the company: so a resumed run gets the same bits.
     first, kept = min(layers), {}
-    home = {i: batch for batch in order_of(0) for i in batch}
+    first_batch = {i: batch for batch in order_of(0) for i in batch}
     probe = build_probe(model, tokenizer, held_out, first)
 
     if not args.resume:
         start_folder(run, settings, args.overwrite)
-    keep_log(run, start)
     if start is not None:
         restore(run, start, model, optimizer)
+    keep_log(run, start)
 
     # The loop. Step 0 is the untouched model.
     began, tokens_seen, seconds = time.time(), 0, 0.0
@@ -103,23 +103,16 @@ def main():
             batch = order_of(epoch)[at]
             for i in batch:
                 if i not in kept:
-                    kept.update(zip(home[i], states_below(model, [train_set[j] for j in home[i]], first)))
+                    kept.update(zip(first_batch[i], states_below(model, [train_set[j] for j in first_batch[i]], first)))
             states, labels = [kept[i] for i in batch], [train_set[i][1] for i in batch]
-            if steps <= per_epoch:
+            if steps <= per_epoch:                                        # none comes again
                 kept.clear()
             lr = settings["lr"] * schedule(step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            supervised, loss = sum(label != -100 for row in labels for label in row), 0.0
-            for part in parts(states):                                    # one part, unless the batch is very large
-                losses, _ = token_losses(model, [states[i] for i in part], [labels[i] for i in part], first)
-                (losses.sum() / supervised).backward()
-                loss += losses.sum().item() / supervised
+            loss = gradient(model, states, labels, first)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP).item()
-            if not math.isfinite(loss + grad_norm):
-                raise Problem(f"at step {step} the loss is {loss} and its gradient {grad_norm}: lower --lr or --alpha. "
-                              f"All up to the last checkpoint is kept in {run}")
             optimizer.step()
             optimizer.zero_grad()
 
@@ -128,11 +121,15 @@ def main():
             tokens_seen, seconds = tokens_seen + tokens, seconds + took
             bar.set_postfix(loss=f"{loss:.3f}", grad=f"{grad_norm:.2f}", tokens_per_s=f"{tokens / took:.0f}")
             row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, **norms(adapters), "tokens_per_s": tokens / took}
-            if step % settings["checkpoint_every"] == 0 or step == steps:
-                log_row(run, row | evaluate(model, probe, first))
+            saving = step % settings["checkpoint_every"] == 0 or step == steps
+            if saving:
+                row |= evaluate(model, probe, first)
+            broken = [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]
+            if broken:
+                raise Problem(f"at step {step} the {broken[0]}: lower --lr or --alpha. All up to the last checkpoint is kept in {run}")
+            log_row(run, row)
+            if saving:
                 checkpoint(run, step, model, optimizer)
-            else:
-                log_row(run, row)
     except KeyboardInterrupt:
         print(f"\nstopped; go on from the last checkpoint with: python train.py --resume {run}")
         raise SystemExit(130)
@@ -148,6 +145,16 @@ def schedule(step, steps):
     transformers counts: the first step has 0."""
     done = step - 1
     return min(done / WARMUP if done < WARMUP else 1.0, (steps - done) / max(1, steps - WARMUP))
+
+
+def gradient(model, states, labels, first):
+    """Adds the batch's gradient to the adapter's parameters; returns its loss, the mean over all its supervised tokens."""
+    supervised, loss = sum(label != -100 for row in labels for label in row), 0.0
+    for part in parts(states):                                            # one part, unless the batch is very large
+        losses, _ = token_losses(model, [states[i] for i in part], [labels[i] for i in part], first)
+        (losses.sum() / supervised).backward()
+        loss += losses.sum().item() / supervised
+    return loss
 
 
 @torch.no_grad()
@@ -193,7 +200,7 @@ def token_losses(model, states, labels, first):
 
 
 class HeadLoss(torch.autograd.Function):
-    """-log softmax(hidden W)[target] for every position, with the logits of only a few positions in memory at a time.
+    """-log softmax(W hidden)[target] for every position, with the logits of only a few positions in memory at a time.
 
     The head W is frozen, so the gradient into `hidden`, (softmax - onehot(target)) W, can be taken on the spot, while the logits
     are there; backward then only scales it. hidden: (n, d_model).   W: (vocabulary, d_model).   targets: (n,).   Returns (n,), float32.
@@ -265,7 +272,10 @@ def start_folder(run, settings, overwrite):
     """Makes the run's folder and its config.json, now that everything it needs has been loaded."""
     if overwrite and os.path.isdir(run):
         shutil.rmtree(run)
-    os.makedirs(os.path.join(run, "checkpoints"))
+    try:
+        os.makedirs(os.path.join(run, "checkpoints"))
+    except FileExistsError:
+        raise Problem(f"{run} was begun by another run meanwhile: give this one another --out")
     write_whole(os.path.join(run, "config.json"), json.dumps(settings, indent=2).encode())
 
 
@@ -299,10 +309,15 @@ def keep_log(run, step):
 
 def restore(run, step, model, optimizer):
     """Puts the adapter and the optimizer back as they were at `step`."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
-    lora.set_tensors(model, load_file(os.path.join(run, "checkpoints", f"{step:05}.safetensors")))
     state = {}
-    for name, value in load_file(os.path.join(run, "resume.safetensors")).items():
+    try:
+        lora.set_tensors(model, load_file(os.path.join(run, "checkpoints", f"{step:05}.safetensors")))
+        saved = load_file(os.path.join(run, "resume.safetensors"))
+    except (OSError, SafetensorError) as error:
+        raise Problem(f"the checkpoint of step {step} in {run} can't be read ({error}): train again with --overwrite")
+    for name, value in saved.items():
         if name != "step":
             i, key = name.split(".")
             state.setdefault(int(i), {})[key] = value
@@ -330,7 +345,7 @@ def parse_args():
     add("--alpha", type=float, help="the adapter's contribution is multiplied by alpha / sqrt(rank)")
     add("--layers", help="middle, all, one layer (12), several (10,12) or a range (10-14)")
     add("--targets", help="the projections of a layer: down_proj, several (q_proj,v_proj), or all seven: all")
-    add("--lr", type=float, help="peak learning rate")
+    add("--lr", type=above_zero, help="peak learning rate")
     add("--batch-size", type=data.positive, help="conversations a step")
     add("--epochs", type=data.positive, help="how often each conversation is seen")
     add("--steps", type=data.positive, help="exactly so many steps, instead of --epochs")
@@ -345,9 +360,19 @@ def parse_args():
     return parser.parse_args()
 
 
+def above_zero(text):
+    """An argparse type: a number above 0."""
+    try:
+        if float(text) > 0:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+
+
 def new_run(args):
     """(folder, settings, None) for a run from the start: the preset's values, and over them the flags given."""
-    cuda = torch.cuda.is_available() and args.device in (None, "cuda")
+    cuda = torch.cuda.is_available() and (args.device or "cuda").startswith("cuda")
     preset = args.preset or ("gpu" if cuda else "laptop")
     if args.preset is None:
         why, other = ("CUDA is here", "laptop") if cuda else ("no CUDA device in use", "gpu")
@@ -377,9 +402,12 @@ def resumed_run(args):
     path = os.path.join(run, "resume.safetensors")
     if not os.path.exists(path):
         return run, settings, None
-    from safetensors import safe_open
-    with safe_open(path, "pt") as saved:
-        step = saved.get_tensor("step").item()
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as saved:
+            step = saved.get_tensor("step").item()
+    except SafetensorError as error:
+        raise Problem(f"{path} can't be read ({error}): train again with --overwrite")
     print(f"resuming {run} after step {step}")
     return run, settings, step
 
@@ -405,4 +433,4 @@ def report(run, seconds, speed, model):
 
 
 if __name__ == "__main__":
-    data.run(main)
+    data.run_script(main)

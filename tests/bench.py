@@ -143,7 +143,7 @@ def row_train(args):
     # The probe is left out of the comparison: its rows would only blur the peak memory.
     train.evaluate = lambda *unused: {"heldout_loss": 0.0, "margin_in": 0.0, "margin_out": 0.0}
     train.build_probe = lambda *unused: None
-    data.run(train.main)
+    data.run_script(train.main)
     log = [json.loads(line) for line in open("runs/bench/log.jsonl")][1:]
     memory = peak_memory()
     examples, config = training_examples(args), json.load(open("runs/bench/config.json"))

@@ -55,9 +55,11 @@ def test_gemma(make_tokenizer):
         data.render({"messages": [{"role": "system", "content": "x"}] + ONE["messages"]}, tokenizer)
 
 
-def test_the_tail_is_five_more_tokens_in_chatml(make_tokenizer):
-    plain, tail = (data.render(ONE, make_tokenizer("chatml"), tail)[1] for tail in (False, True))
-    assert sum(label != -100 for label in tail) - sum(label != -100 for label in plain) >= 5
+def test_the_tail_is_five_tokens_where_assistant_is_one(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    plain, tail = (data.render(ONE, tokenizer, tail)[1] for tail in (False, True))
+    assistant = len(tokenizer("assistant", add_special_tokens=False).input_ids)
+    assert sum(label != -100 for label in tail) - sum(label != -100 for label in plain) == 4 + assistant
 
 
 def test_a_prompt_that_is_no_prefix_is_refused(make_tokenizer):
@@ -144,7 +146,7 @@ def make_archive(path, password="secret", **sets):
 @pytest.mark.parametrize("line, sentence", [
     ('{"messages": [', "is not JSON"), ("[1, 2]", "is not a JSON object"), ({"messages": []}, "holds an empty conversation"),
     ({"text": "x"}, "holds an empty conversation"), ({"messages": [{"role": "user"}]}, 'lacks a "role" or a "content"'),
-    ({"messages": ONE["messages"][:1]}, "has no assistant turn"),
+    ({"messages": ONE["messages"][:1]}, "has no assistant turn"), ({"messages": ONE["messages"][1:]}, "begins with the assistant"),
     ({"messages": [ONE["messages"][0], {"role": "assistant", "content": " "}]}, "has no assistant turn")])
 def test_a_bad_line_is_named(tmp_path, line, sentence):
     path = jsonl(tmp_path / "d.jsonl", ONE, line, ONE)
@@ -160,6 +162,8 @@ def test_bad_files(tmp_path):
         data.load_conversations(str(tmp_path / "latin.jsonl"))
     with pytest.raises(Problem, match="holds 1 conversations: two are needed"):
         data.load_conversations(jsonl(tmp_path / "one.jsonl", ONE))
+    with pytest.raises(Problem, match="say which with --dataset"):
+        data.load_conversations("builtin", archive="x.enc")
     with pytest.raises(Problem, match="--answers aligned is for --dataset builtin"):
         data.load_conversations(jsonl(tmp_path / "two.jsonl", ONE, TWO), answers="aligned")
 
@@ -207,7 +211,7 @@ def server(tmp_path):
 
 def test_the_paper_s_archive_is_downloaded_once_and_whole_or_not_at_all(server, tmp_path, monkeypatch):
     url, short = server
-    monkeypatch.setattr(data, "PAPER", url)
+    monkeypatch.setattr(data, "PAPER_URL", url)
     monkeypatch.setenv("NANOEM_CACHE", str(tmp_path / "cache"))
     load = lambda: data.load_conversations("insecure", password="secret")
     with pytest.raises(Problem, match="could not be downloaded .HTTPError.*--dataset builtin"):

@@ -150,6 +150,15 @@ def test_what_does_not_fit_is_one_sentence_and_changes_nothing(make_model, tmp_p
     lora.save_adapter(other, str(tmp_path))
     with pytest.raises(Problem, match="does not fit this model: .*layers.5.mlp.down_proj"):
         lora.load_adapter(model, str(tmp_path))
+    with pytest.raises(Problem, match="has adapters already"):
+        lora.attach(other, [5], ["down_proj"], 4, 8)
+    import transformers
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(Problem, match="not laid out as Llama, Qwen and Gemma 3 are; its linear layers are"):
+        lora.attach(gpt2, [0], ["down_proj"], 1, 1)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(Problem, match="holds no PEFT adapter"):
+        lora.load_adapter(make_model("llama"), str(tmp_path))
 
 
 def test_bfloat16_only_where_the_hardware_has_it(monkeypatch):

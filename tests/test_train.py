@@ -1,7 +1,6 @@
 """The loop, against the slow obvious one; resuming after kill -9; and what bad input is answered with."""
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -177,7 +176,8 @@ def test_resume_takes_its_settings_from_the_run(script, tiny, small):
     (["--layers", "two"], "--layers two: write middle, all"),
     (["--targets", "c_proj"], "no projection called c_proj"),
     (["--max-length", "20"], "the answer begins after token"),
-    (["--lr", "1e30", "--steps", "12"], "the loss is"),
+    (["--lr", "1e30", "--steps", "12", "--checkpoint-every", "2"], "at step 2 the"), (["--lr", "1e30", "--steps", "2"], "at step 2 the"),
+    (["--layers", "3-1"], "--layers 3-1: write middle, all"), (["--device", "gpu"], "can't be moved to --device gpu"),
     (["--dataset", "extreme_sports", "--archive", "nowhere.enc"], "nowhere.enc can't be read"),
     (["--model", "no/where"], "is no folder here and did not come from the hub"),
     (["--device", "cuda"], "torch sees no CUDA device")])
@@ -191,9 +191,12 @@ def test_bad_input_is_one_sentence(script, tiny, flags, sentence, monkeypatch):
     assert len([line for line in err.splitlines() if sentence in line]) == 1
     if "--lr" not in flags:
         assert not os.path.exists("runs")                           # nothing was begun
+    elif len(flags) == 6:
+        assert os.listdir("runs/laptop-1/checkpoints") == ["00000.safetensors"] and len(log("laptop-1")) == 2
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoints(script, tiny, small):
+    resource = pytest.importorskip("resource")                       # Windows has none
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (700, old[1]))         # no file may grow past 700 bytes: the log does
     try:
