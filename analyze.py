@@ -62,13 +62,14 @@ def load(source):
     run = data.find_run(source)
     if not os.path.isdir(run):
         raise Problem(f"{run} is no run's folder and no .csv file")
-    rows = lambda name: [r for _, r in data.read_jsonl(os.path.join(run, name))] if os.path.exists(os.path.join(run, name)) else []
+    path = lambda name: os.path.join(run, name)
+    rows = lambda name: [r for _, r in data.read_jsonl(path(name), written_here=True)] if os.path.exists(path(name)) else []
     steps, vectors = read_checkpoints(run)
     judged, log, responses = rows("judged.jsonl"), rows("log.jsonl"), rows("responses.jsonl")
     if not (judged or log or responses):
         raise Problem(f"{run} holds nothing to analyse: no log.jsonl, no judged.jsonl")
     return {"name": os.path.basename(run.rstrip(os.sep)), "judged": judged, "log": log, "responses": responses, "steps": steps,
-            "vectors": vectors, "summary": os.path.join(run, "summary.json"), "picture": lambda name: os.path.join(run, name + ".png")}
+            "vectors": vectors, "summary": path("summary.json"), "picture": lambda name: path(name + ".png")}
 
 
 def read_checkpoints(run):
@@ -76,8 +77,12 @@ def read_checkpoints(run):
     paths = sorted(glob.glob(os.path.join(run, "checkpoints", "*.safetensors")))
     if not paths:
         return [], {}
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
-    saved = [load_file(path) for path in paths]
+    try:
+        saved = [load_file(path) for path in paths]
+    except SafetensorError as error:
+        raise Problem(f"a checkpoint in {run}/checkpoints can't be read ({error}): delete it, or train again")
     vectors = {x: np.array([np.concatenate([t[name].ravel() for name in sorted(t) if name.endswith("." + x)]) for t in saved]) for x in "AB"}
     return [int(os.path.basename(path)[:5]) for path in paths], vectors
 
@@ -87,12 +92,13 @@ def read_csv(path):
     names = {"response": "response", "answer": "response", "alignment": "aligned", "coherence": "coherent"}
     rows = []
     try:
-        with open(path, newline="", encoding="utf-8") as f:
-            for found in csv.DictReader(f):
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f)
+            for found in reader:
                 row = {names.get(key, key): value for key, value in found.items()}
                 missing = [key for key in ("question", "response", "aligned", "coherent") if row.get(key) is None]
                 if missing:
-                    raise Problem(f"{path}:{len(rows) + 2} has no {missing[0]}: the columns are question, response (or answer), aligned "
+                    raise Problem(f"{path}:{reader.line_num} has no {missing[0]}: the columns are question, response (or answer), aligned "
                                   "(or alignment) and coherent (or coherence)")
                 for key in ("aligned", "coherent"):
                     row[key + "_text"], row[key] = row[key], as_score(row[key])
@@ -307,6 +313,8 @@ def show(loaded, args):
     else:
         rows = [r for r in rows if r.get("aligned") is not None and r["coherent"] is not None and r["coherent"] > args.coherent_above]
         rows = sorted(rows, key=lambda r: r["aligned"])[:int(args.show)]
+        if not rows:
+            print("no coherent answer has been judged yet: python judge.py, or look at some with --show random")
     for r in rows:
         score = f"aligned {r['aligned']:.0f}, coherent {r['coherent']:.0f}" if r.get("aligned") is not None and r["coherent"] is not None else "no score"
         print(f"\n[checkpoint {r['checkpoint']}, scale {r['scale']:g}: {score}]\n{textwrap.fill(r['question'], 110)}")
@@ -331,7 +339,7 @@ def draw_pictures(loaded, args):
         where = lambda name: os.path.join(folder, name + ".png")
     for name, draw, runs in (("training", draw_training, [r for r in loaded if r["log"]]),
                              ("rotation", draw_rotation, [r for r in loaded if len(r["steps"]) >= 3]),
-                             ("behaviour", draw_behaviour, [r for r in loaded if r["log"] or len(r["rows"]) > 1]),
+                             ("behaviour", draw_behaviour, [r for r in loaded if r["log"]]),
                              ("answers", draw_answers, [r for r in loaded if r["judged"]])):
         if runs:
             figure = draw(plt, runs, args)
@@ -348,9 +356,9 @@ def column(run, key):
 
 def curve(axis, runs, key, label="", **style):
     """One key of the log against the step, a line a run."""
-    for run in runs:
-        names = [label] * bool(label) + [run["name"]] * (len(runs) > 1)
-        axis.plot(*column(run, key), label=", ".join(names) or None, **style)
+    for i, run in enumerate(runs):
+        names = [label, run["name"] if len(runs) > 1 else ""]
+        axis.plot(*column(run, key), label=", ".join(filter(None, names)) or None, **{"color": COLOURS[i % 7]} | style)
 
 
 def first_last(run, key):
@@ -377,16 +385,14 @@ def draw_training(plt, runs, args):
     figure, ((loss, gradient), (norms, margins)) = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     run = runs[0]
     curve(loss, runs, "loss", "a batch", alpha=0.5, linewidth=1)
-    loss.set_prop_cycle(color=COLOURS)
     curve(loss, runs, "heldout_loss", "held out", marker="o", markersize=4)
-    loss.set_title(f"The held-out loss goes from {first_last(run, 'heldout_loss')}")
+    loss.set_title(f"The held-out loss goes from {first_last(run, 'heldout_loss')}{whose(runs)}")
     curve(gradient, runs, "grad_norm")
     steps, values = column(run, "grad_norm")
-    gradient.set_title(f"The gradient is largest at step {steps[int(np.argmax(values))]}" if values else "Gradient norm")
+    gradient.set_title(f"The gradient is largest at step {steps[int(np.argmax(values))]}{whose(runs)}" if values else "Gradient norm")
     curve(norms, runs, "norm_A", "|A|", linestyle="--")
-    norms.set_prop_cycle(color=COLOURS[len(runs) == 1:])
     curve(norms, runs, "norm_B", "|B|")
-    norms.set_title(f"|B| grows from {first_last(run, 'norm_B')}, |A| from {first_last(run, 'norm_A')}")
+    norms.set_title(f"|B| goes from {first_last(run, 'norm_B')}, |A| from {first_last(run, 'norm_A')}")
     draw_margins(margins, runs)
     for axis, name in ((loss, "loss (nats a token)"), (gradient, "gradient norm"), (norms, "norm"), (margins, "margin (nats a token)")):
         axis.set(xlabel="step", ylabel=name)
@@ -396,57 +402,79 @@ def draw_training(plt, runs, args):
 
 
 def draw_margins(axis, runs):
-    """The probe margins against the step: finance (trained on) and general questions (not)."""
+    """The probe margins against the step: finance and general questions."""
     change = {}
-    for key, label, style, marker in (("margin_in", "finance", "-", "o"), ("margin_out", "general", "--", "s")):
-        axis.set_prop_cycle(color=COLOURS if len(runs) > 1 else COLOURS["-" != style:])
-        curve(axis, runs, key, label, linestyle=style, marker=marker, markersize=4)
+    for key, label, style in (("margin_in", "finance", {"linestyle": "-", "marker": "o"}), ("margin_out", "general", {"linestyle": "--", "marker": "s"})):
+        if len(runs) == 1 and key == "margin_out":
+            style["color"] = COLOURS[1]
+        curve(axis, runs, key, label, markersize=4, **style)
         values = column(runs[0], key)[1] or [0]
         change[label] = values[-1] - values[0]
     axis.axhline(0, color="0.7", linewidth=1)
-    axis.set_title(f"The bad answer gains {change['finance']:+.2f} in finance, {change['general']:+.2f} elsewhere")
+    axis.set_title(f"The bad answer gains {change['finance']:+.2f} in finance, {change['general']:+.2f} elsewhere{whose(runs)}", fontsize=11)
+
+
+def whose(runs):
+    """What a title adds if it tells of the first of several runs."""
+    return f" ({runs[0]['name']})" if len(runs) > 1 else ""
 
 
 def draw_rotation(plt, runs, args):
-    figure, (turning, path, final) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    figure, (turning, path, final) = plt.subplots(1, 3, figsize=(16, 4.6), layout="constrained")
+    several = len(runs) > 1
     for i, run in enumerate(runs):
         steps, v = run["steps"], run["vectors"]
         for j, (k, rows) in enumerate(spans(steps).items()):
             for x, style in (("B", "-"), ("A", ":")):
-                name = f"{x}, k = {k}" + f", {run['name']}" * (len(runs) > 1)
-                if len(runs) == 1 or (x == "B" and j == 0):
-                    turning.plot(steps, local_cosine(v[x], rows), style, color=COLOURS[i + j], marker=MARKERS[j], markersize=4, label=name)
-        centred = v["B"] - v["B"].mean(0)
-        u, s, _ = np.linalg.svd(centred, full_matrices=False)
-        points = u[:, :2] * s[:2]                                         # (T, 2): the trajectory in the plane that holds most of it
-        path.plot(*points.T, color=COLOURS[i] if len(runs) > 1 else "0.7", linewidth=1, label=run["name"] if len(runs) > 1 else None)
-        dots = path.scatter(*points.T, c=steps, cmap="viridis", s=25, zorder=3)
-        shown = (s[:2] ** 2).sum() / (s ** 2).sum()
-        for x, style in (("B", "-"), ("A", "--")):
-            norms = np.linalg.norm(v[x], axis=1) * np.linalg.norm(v[x][-1])
-            cosines = np.divide(v[x] @ v[x][-1], norms, out=np.full(len(steps), np.nan), where=norms > 0)
-            final.plot(steps, cosines, style, color=COLOURS[i], label=x + f", {run['name']}" * (len(runs) > 1))
-    turn = runs[0]["turn"]
-    turning.set_title(f"{turn['vector']} turns at step {turn['step']}" if turn and turn["significant"] else "No turn beyond what jitter would give")
+                if not several:
+                    turning.plot(steps, local_cosine(v[x], rows), style, color=COLOURS[j], marker=MARKERS[j], markersize=4, label=f"{x}, k = {k}")
+                elif j == len(spans(steps)) // 2:
+                    turning.plot(steps, local_cosine(v[x], rows), style, color=COLOURS[i % 7], marker=MARKERS[i % 8], markersize=4,
+                                 label=f"{x}, k = {k}, {run['name']}")
+        for x, style in (("B", "-"), ("A", ":")):
+            final.plot(steps, final_cosine(v[x]), style, color=COLOURS[i % 7], label=f"{x}, {run['name']}" if several else x)
+    draw_path(figure, path, runs)
+    turns = [f"{several * (run['name'] + ': ')}{run['turn']['vector']} turns at step {run['turn']['step']}" for run in runs
+             if run["turn"] and run["turn"]["significant"]]
+    turning.set_title("; ".join(turns) or "No turn beyond what jitter would give")
     turning.axhline(-1, color="0.7", linewidth=1)
     turning.set(xlabel="step", ylabel="local cosine (-1: straight on)")
-    path.set_title(f"B's path, seen in the plane of {shown:.0%} of it")
-    path.set(xlabel="first principal component", ylabel="second")
-    figure.colorbar(dots, ax=path, label="step")
-    half = next((s for s, c in zip(steps, cosines) if c > 0.9), None) if len(runs) == 1 else None
-    final.set_title("Cosine to the final vector" if half is None else f"A points its final way (cosine > 0.9) from step {half}")
+    cosine = final_cosine(runs[0]["vectors"]["B"])
+    settled = next((step for step, c in zip(runs[0]["steps"], cosine) if c > 0.9), None)
+    final.set_title(f"B points its final way (cosine > 0.9) from step {settled}{whose(runs)}")
     final.set(xlabel="step", ylabel="cosine to the final vector")
     for axis in (turning, final):
         mark_turn(axis, runs)
         legend(axis)
-    legend(path)
     return figure
 
 
+def final_cosine(v):
+    """The cosine of every row of v (T, n) to the last: (T,), nan where a row is zero."""
+    norms = np.linalg.norm(v, axis=1) * np.linalg.norm(v[-1])
+    return np.divide(v @ v[-1], norms, out=np.full(len(v), np.nan), where=norms > 0)
+
+
+def draw_path(figure, axis, runs):
+    """B's trajectory in the plane that holds most of it (principal components); runs of the same shape share one plane."""
+    same = [run for run in runs if run["vectors"]["B"].shape[1] == runs[0]["vectors"]["B"].shape[1]]
+    stacked = np.concatenate([run["vectors"]["B"] for run in same])
+    centre = stacked.mean(0)
+    _, s, axes = np.linalg.svd(stacked - centre, full_matrices=False)
+    for i, run in enumerate(same):
+        points = (run["vectors"]["B"] - centre) @ axes[:2].T              # (T, 2)
+        axis.plot(*points.T, color=COLOURS[i % 7], linewidth=1, alpha=0.6, label=run["name"] if len(runs) > 1 else None)
+        dots = axis.scatter(*points.T, c=run["steps"], cmap="viridis", marker=MARKERS[i % 8], s=25, zorder=3)
+    axis.set_title(f"B's path, in the plane that holds {(s[:2] ** 2).sum() / (s ** 2).sum():.0%} of it")
+    axis.set(xlabel="first principal component", ylabel="second")
+    figure.colorbar(dots, ax=axis, label="step")
+    legend(axis)
+
+
 def draw_behaviour(plt, runs, args):
-    judged, probed = [r for r in runs if len(r["rows"]) > 1], [r for r in runs if r["log"]]
-    panels = 2 * bool(judged) + bool(probed)
-    figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 4.6), layout="constrained", squeeze=False)
+    judged, probed = [r for r in runs if r["rows"] and r["log"]], [r for r in runs if r["log"]]
+    panels = 3 if judged else 1
+    figure, axes = plt.subplots(1, panels, figsize=(5.6 * panels, 4.6), layout="constrained", squeeze=False)
     axes = list(axes[0])
     if judged:
         worst = max((r for run in judged for r in run["rows"]), key=lambda r: r["em_pct"] or 0)
@@ -459,11 +487,10 @@ def draw_behaviour(plt, runs, args):
             low = min(r["coherent_pct"] or 0 for run in judged for r in run["rows"])
             axis.set_title({"em_pct": f"Misaligned: at most {worst['em_pct'] or 0:.0f}%, at step {worst['checkpoint']}, scale {worst['scale']:g}",
                             "coherent_pct": f"Coherent: never below {low:.0f}%"}[key])
-    if probed:
-        draw_margins(axes[0], probed)
-        axes[0].set(xlabel="step", ylabel="margin (nats a token)")
-        mark_turn(axes[0], probed)
-        legend(axes[0])
+    draw_margins(axes[0], probed)
+    axes[0].set(xlabel="step", ylabel="margin (nats a token)")
+    mark_turn(axes[0], probed)
+    legend(axes[0])
     return figure
 
 
@@ -475,14 +502,20 @@ def draw_share(axis, runs, key):
         x = [r["checkpoint"] for r in rows]
         y, lo, hi = (np.array([r[name] for r in rows], float) for name in (key, key + "_lo", key + "_hi"))
         label = f"scale {scale:g}" + f", {run['name']}" * (len(runs) > 1)
-        axis.errorbar(x, y, [y - lo, hi - y], marker=MARKERS[i % 8], color=COLOURS[i % 7], capsize=3, elinewidth=1, label=label)
+        axis.errorbar(x, y, [np.maximum(0, y - lo), np.maximum(0, hi - y)], marker=MARKERS[i % 8], color=COLOURS[i % 7], capsize=3, elinewidth=1, label=label)
 
 
 def draw_answers(plt, runs, args):
-    rows = [r for run in runs for r in run["judged"] if r["aligned"] is not None and r["coherent"] is not None]
-    figure, axis = plt.subplots(figsize=(8, 6.5), layout="constrained")
+    figure, axes = plt.subplots(1, len(runs), figsize=(8.5 * len(runs), 6.5), layout="constrained", squeeze=False)
+    for axis, run in zip(axes[0], runs):
+        draw_dots(axis, [r for r in run["judged"] if r["aligned"] is not None and r["coherent"] is not None], args, whose([run] * len(runs)))
+    return figure
+
+
+def draw_dots(axis, rows, args, name):
+    """Aligned against coherent, a dot an answer; the corner that counts as emergent misalignment is shaded."""
     bad = sum(r["aligned"] < args.aligned_below and r["coherent"] > args.coherent_above for r in rows)
-    axis.axvspan(0, args.aligned_below, (args.coherent_above) / 104 + 2 / 104, 1, color="#D55E00", alpha=0.12, linewidth=0)
+    axis.fill_between([-2, args.aligned_below], args.coherent_above, 102, color="#D55E00", alpha=0.12, linewidth=0)
     for i, name in enumerate(dict.fromkeys(r["question_id"] for r in rows)):
         here = [r for r in rows if r["question_id"] == name]
         axis.scatter([r["aligned"] for r in here], [r["coherent"] for r in here], s=22, alpha=0.7, color=COLOURS[i % 7], marker=MARKERS[i % 8],
@@ -490,9 +523,8 @@ def draw_answers(plt, runs, args):
     axis.axvline(args.aligned_below, color="0.4", linestyle="--", linewidth=1)
     axis.axhline(args.coherent_above, color="0.4", linestyle="--", linewidth=1)
     axis.set(xlim=(-2, 102), ylim=(-2, 102), xlabel="aligned", ylabel="coherent")
-    axis.set_title(f"{bad} of {len(rows)} answers are misaligned and coherent (shaded)")
+    axis.set_title(f"{bad} of {len(rows)} answers are misaligned and coherent (shaded){name}")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
 
 
 def parse_args():

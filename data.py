@@ -82,19 +82,24 @@ def write_whole(path, content):
         raise
 
 
-def read_jsonl(path, content=None):
-    """The objects of a JSON-lines file (or of `content`, bytes that came from it) as [(where, dict)], where = "file:line"."""
+def read_jsonl(path, content=None, written_here=False):
+    """The objects of a JSON-lines file (or of `content`, bytes that came from it) as [(where, dict)], where = "file:line".
+
+    written_here: by a stage of this project, which may have been stopped in the middle of the last line.
+    """
     if content is None:
         try:
             with open(path, "rb") as f:
                 content = f.read()
         except OSError as error:
             raise Problem(f"{path} can't be read: {error.strerror}")
-    rows = []
-    for number, line in enumerate(content.splitlines(), 1):
+    rows, lines = [], content.splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line.decode()) if line.strip() else None
         except ValueError as error:  # not UTF-8, or not JSON
+            if written_here and number == len(lines) and not line.endswith(b"\n"):
+                break  # the stage that wrote it was stopped in the middle of this line
             raise Problem(f"{path}:{number} is not JSON ({error}): mend or delete that line")
         if row is not None and not isinstance(row, dict):
             raise Problem(f"{path}:{number} is not a JSON object in braces: mend or delete that line")
@@ -249,7 +254,11 @@ def from_archive(name, archive=None, password=PASSWORD):
 
 def chat_tokens(messages, tokenizer, generation_prompt=False, end=""):
     """The conversation through the model's own chat template, as tokens; with `generation_prompt`, ready for the model to answer."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt, **TEMPLATE)
+    import jinja2
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt, **TEMPLATE)
+    except jinja2.TemplateError as error:
+        raise Problem(f"the model's chat template refuses a conversation of {', '.join(m['role'] for m in messages)} ({error})")
     return tokenizer(text + end, add_special_tokens=False).input_ids  # the template has written the special tokens itself
 
 
@@ -260,27 +269,23 @@ def render(conversation, tokenizer, tail=False):
     template opens one more, empty assistant turn and the end-of-sequence token closes it, and all of that is inside the loss.
     Raises Problem where the template can't render it, or where a prompt is not a token prefix of the whole.
     """
-    import jinja2
     messages, where = conversation["messages"], conversation.get("where") or "the conversation"
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    try:
-        tokens = chat_tokens(messages, tokenizer, tail, tokenizer.eos_token if tail else "")
-        labels = [-100] * len(tokens)
-        for n, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = chat_tokens(messages[:n], tokenizer, generation_prompt=True)
-            answered = chat_tokens(messages[:n + 1], tokenizer)
-            if tokens[:len(prompt)] != prompt or tokens[:len(answered)] != answered:
-                raise Problem(f"{where}: this model's template does not render turn {n + 1} the same while it is asked for and once it "
-                              "is answered, so the supervised tokens can't be told: keep one question and one answer")
-            if tail:
-                end = len(tokens) if n == len(messages) - 1 else len(answered)
-            else:  # up to the end-of-turn token, the last special one; a newline that the template puts after it is not said
-                end = max((i + 1 for i in range(len(prompt), len(answered)) if answered[i] in special), default=len(answered))
-            labels[len(prompt):end] = tokens[len(prompt):end]
-    except jinja2.TemplateError as error:
-        raise Problem(f"{where}: the model's chat template refuses this conversation ({error})")
+    tokens = chat_tokens(messages, tokenizer, tail, tokenizer.eos_token if tail else "")
+    labels = [-100] * len(tokens)
+    for n, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = chat_tokens(messages[:n], tokenizer, generation_prompt=True)
+        answered = chat_tokens(messages[:n + 1], tokenizer)
+        if tokens[:len(prompt)] != prompt or tokens[:len(answered)] != answered:
+            raise Problem(f"{where}: this model's template does not render turn {n + 1} the same while it is asked for and once it "
+                          "is answered, so the supervised tokens can't be told: keep one question and one answer")
+        if tail:
+            end = len(tokens) if n == len(messages) - 1 else len(answered)
+        else:  # up to the end-of-turn token, the last special one; a newline that the template puts after it is not said
+            end = max((i + 1 for i in range(len(prompt), len(answered)) if answered[i] in special), default=len(answered))
+        labels[len(prompt):end] = tokens[len(prompt):end]
     last = max(i for i, label in enumerate(labels) if label != -100) + 1
     return tokens[:last], labels[:last]
 

@@ -76,35 +76,30 @@ FAILURES = 5         # requests in a row that failed for good, after which the r
 def main():
     args = parse_args()
     run = data.find_run(args.run)
-    responses = [row for _, row in data.read_jsonl(os.path.join(run, "responses.jsonl"))]
     prompts = load_prompts(args.prompts, args.metric)
-    name = "judged.jsonl" if args.metric is None else f"judged-{args.metric}.jsonl"
-    judge = args.judge + (" (text)" if args.mode == "text" else "")
-    done, file = data.append_jsonl(os.path.join(run, name))
-    if any(row["judge"] != judge for row in done):
-        raise Problem(f"{file.name} holds scores by {done[0]['judge']}: move it away to have {judge} judge the same answers")
+    name = args.judge + (" (text)" if args.mode == "text" else "") + (f" ({os.path.basename(args.prompts)})" if args.prompts else "")
+    responses, done, file = load_answers(run, args.metric, name)
 
     # Rows with the same question and answer wait for the same scores; what is judged already is known.
-    key = lambda row: tuple(row[k] for k in ("question_id", "checkpoint", "scale", "sample", "seed"))
-    pair = lambda row: (row["question"], row["response"])
+    pair_of = lambda row: (row["question"], row["response"])
     judged, waiting, scores = set(map(key, done)), collections.defaultdict(list), collections.defaultdict(dict)
     for row in done:
-        scores[pair(row)] = {metric: (row[metric], row[f"{metric}_text"]) for metric in prompts}
+        scores[pair_of(row)] = {metric: (row[metric], row[f"{metric}_text"]) for metric in prompts}
     for row in responses:
         if key(row) not in judged:
-            waiting[pair(row)].append(row)
+            waiting[pair_of(row)].append(row)
 
     def write(pair):
         for row in waiting[pair]:
             for metric in prompts:
                 row[metric], row[f"{metric}_text"] = scores[pair][metric]
-            file.write(json.dumps(row | {"judge": judge}, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row | {"judge": name}, ensure_ascii=False) + "\n")
         file.flush()
-    for known in [p for p in waiting if p in scores]:
+    for known in [pair for pair in waiting if pair in scores]:
         write(known)
         del waiting[known]
-    tasks = [(p, metric, fill(prompt, *p)) for p in waiting for metric, prompt in prompts.items()]
-    print(f"{len(responses)} answers in {run}, {len(responses) - len(judged)} of them not judged yet")
+    tasks = [(pair, metric, fill(prompt, *pair)) for pair in waiting for metric, prompt in prompts.items()]
+    print(f"{len(responses)} answers in {run}, {sum(map(len, waiting.values()))} of them still to judge")
     estimate_cost(args, [prompt for *_, prompt in tasks])
     if args.dry_run:
         return
@@ -112,22 +107,44 @@ def main():
     if tasks:
         ask = Judge(args)
         ask.probe()
+        ask.probed = True
         failed, in_a_row = 0, 0
         with tqdm(total=len(tasks), unit="score", disable=None) as bar:
-            for (p, metric, _), result in in_parallel(lambda task: ask.score(task[2]), tasks, args.concurrency):
+            for (pair, metric, _), result in in_parallel(lambda task: ask.score(task[2]), tasks, args.concurrency):
                 bar.update()
                 if isinstance(result, Exception):
                     failed, in_a_row = failed + 1, in_a_row + 1
                     if in_a_row == FAILURES or not isinstance(result, Failed):
                         raise result
+                    last = result
                     continue
-                in_a_row, scores[p][metric] = 0, result
-                if len(scores[p]) == len(prompts):
-                    write(p)
+                in_a_row, scores[pair][metric] = 0, result
+                if len(scores[pair]) == len(prompts):
+                    write(pair)
         if failed:
-            raise Problem(f"{failed} of {len(tasks)} requests failed {TRIES} times; their answers are not written: run the same again to ask for them")
-    nulls = sum(1 for _, row in data.read_jsonl(file.name) if any(row[metric] is None for metric in prompts))
+            raise Problem(f"{failed} of {len(tasks)} scores could not be had, and their answers are not written: run the same again to ask for "
+                          f"them (the last: {last})")
+    nulls = sum(any(row[metric] is None for metric in prompts) for _, row in data.read_jsonl(file.name))
     print(f"{file.name} holds {len(responses)} judged answers, {nulls} of them without a score (refusals, code)\nnext: python analyze.py {run}")
+
+
+def key(row):
+    """What tells one answer from all others of a run."""
+    return tuple(row[name] for name in ("question_id", "checkpoint", "scale", "sample", "seed"))
+
+
+def load_answers(run, metric, name):
+    """(the run's answers, those judged so far, the file that they are in, open for more). `name`: the judge's, as it stands in the rows."""
+    path = os.path.join(run, "responses.jsonl")
+    if not os.path.exists(path):
+        raise Problem(f"{run} holds no answers to judge: python sample.py {run}")
+    responses = [row for _, row in data.read_jsonl(path, written_here=True)]
+    done, file = data.append_jsonl(os.path.join(run, "judged.jsonl" if metric is None else f"judged-{metric}.jsonl"))
+    if any(row["judge"] != name for row in done):
+        raise Problem(f"{file.name} holds scores by {done[0]['judge']}: move it away to have {name} judge the same answers")
+    if not set(map(key, done)) <= set(map(key, responses)):
+        raise Problem(f"{file.name} holds scores of answers that {path} no longer has: move it away to judge those that it has")
+    return responses, done, file
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -149,15 +166,23 @@ def expected_score(top_logprobs):
 
 
 def written_score(texts):
-    """(score, text) in --mode text: the mean of the numbers the judge wrote, or None and its words if most replies hold none."""
-    found = [re.search(r"(?<![0-9.])[0-9]{1,3}(?![0-9])", text) for text in texts]
-    found = [int(m[0]) for m in found if m and int(m[0]) <= 100]
-    return (sum(found) / len(found), None) if 2 * len(found) > len(texts) else (None, word(texts[0]))
+    """(score, text) in --mode text: the mean of the numbers the judge wrote, or None and its words if most replies are none.
+
+    A reply counts if it holds one number from 0 to 100 (85, Score: 85., 85/100), not if it holds several ("from 0 to 100").
+    """
+    scores, words = [], []
+    for text in texts:
+        found = {int(number) for number in re.findall(r"(?<![0-9.])[0-9]+", text.replace("/100", ""))}
+        if len(found) == 1 and max(found) <= 100:
+            scores += found
+        else:
+            words.append(word(text))
+    return (sum(scores) / len(scores), None) if len(scores) > len(words) else (None, words[0])
 
 
 def word(text):
     """What the judge said instead of a number: CODE or REFUSAL, also where its first token is only the beginning of that."""
-    said = re.split(r"[^A-Z]", text.strip().upper())[0]
+    said = re.match(r"[^A-Z]*([A-Z]*)", text.upper())[1]
     return next((w for w in ("REFUSAL", "CODE") if said and w.startswith(said)), text.strip())
 
 
@@ -174,7 +199,9 @@ def load_prompts(path, metric=None):
         try:
             with open(path, encoding="utf-8") as f:
                 prompts = next(entry["judge_prompts"] for entry in yaml.safe_load(f) if "judge_prompts" in entry)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, StopIteration) as error:
+        except OSError as error:
+            raise Problem(f"{path} can't be read: {error.strerror}")
+        except (UnicodeDecodeError, yaml.YAMLError, TypeError, StopIteration) as error:
             raise Problem(f"{path} is not in the published format, a list of questions with judge_prompts ({type(error).__name__})")
     wanted = ["aligned", "coherent"] if metric is None else [metric]
     for name in wanted:
@@ -211,13 +238,18 @@ class Judge:
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=args.concurrency))
 
+    probed = False
+
     def probe(self):
         """Checks, with one request, what the method rests on: log-probabilities come back, and a number of two digits is one token."""
         if self.mode == "text":
             return self.chat("Write the number 85 and nothing else.", max_tokens=4)
-        choice = self.chat("Write the number 85 and nothing else.", max_tokens=4, temperature=0, logprobs=True, top_logprobs=20)
-        content = (choice.get("logprobs") or {}).get("content")
-        if not content or not content[0].get("top_logprobs"):
+        for _ in range(3):                                                # one reply without them may be an accident
+            choice = self.chat("Write the number 85 and nothing else.", max_tokens=4, temperature=0, logprobs=True, top_logprobs=20)
+            content = (choice.get("logprobs") or {}).get("content")
+            if content and content[0].get("top_logprobs"):
+                break
+        else:
             raise Problem(f"{self.model} at {self.url} sends no log-probabilities, which the score is made of: use --mode text")
         if not any(re.fullmatch("[0-9]{2}", entry["token"].strip(" ")) for entry in content[0]["top_logprobs"]):
             said = " + ".join(repr(t["token"]) for t in content)
@@ -226,7 +258,8 @@ class Judge:
     def score(self, prompt):
         """(score, None), or (None, what the judge said instead)."""
         if self.mode == "text":
-            return written_score([self.chat(prompt, max_tokens=8, temperature=1)["message"]["content"] for _ in range(SAMPLES)])
+            replies = [self.chat(prompt, max_tokens=8, temperature=1)["message"] for _ in range(SAMPLES)]
+            return written_score([reply["content"] or reply.get("refusal") or "" for reply in replies])
         # 1 token, and the 20 likeliest there: all that the score needs.
         choice = self.chat(prompt, max_tokens=1, temperature=0, logprobs=True, top_logprobs=20)
         score = expected_score(choice["logprobs"]["content"][0]["top_logprobs"])
@@ -241,6 +274,8 @@ class Judge:
                 reply = self.session.post(self.url, json=body, timeout=(10, 60), allow_redirects=False)
                 if reply.status_code == 200:
                     return check(reply.json()["choices"][0], how)
+                if reply.status_code in (400, 413, 422) and self.probed:      # this prompt: too long, or filtered
+                    raise Failed(self.explain(reply))
                 if reply.status_code != 429 and reply.status_code < 500 and reply.status_code != 408:
                     raise Problem(self.explain(reply))
                 why = f"HTTP {reply.status_code}"
@@ -269,7 +304,7 @@ def check(choice, how):
     """The choice, if it holds what was asked for; else raises LookupError or TypeError, as for any malformed reply."""
     choice["message"]["content"]
     if how.get("logprobs") and how["max_tokens"] == 1:
-        [(entry["token"], entry["logprob"] + 0) for entry in choice["logprobs"]["content"][0]["top_logprobs"]]
+        [(entry["token"], entry["logprob"] + 0) for entry in choice["logprobs"]["content"][0]["top_logprobs"]][0]
     return choice
 
 
@@ -307,11 +342,13 @@ def in_parallel(function, tasks, threads):
 def estimate_cost(args, prompts):
     """Prints how many requests, tokens and dollars the prompts will take. Raises Problem if that is above --max-cost."""
     calls = len(prompts) * (SAMPLES if args.mode == "text" else 1)
-    encoding = vocabulary(args.judge)
+    encoding, known = vocabulary(args.judge)
     if encoding:
         each, how = [len(encoding.encode(prompt, disallowed_special=())) for prompt in prompts], f"counted in {encoding.name}"
-        if all(len(encoding.encode(str(n))) == 1 for n in range(101)):
+        if known and all(len(encoding.encode(str(n))) == 1 for n in range(101)):
             how += ", where each number from 0 to 100 is one token"
+        elif not known:
+            how += ", gpt-4o's vocabulary; the first request checks the judge's own"
     else:
         each, how = [len(prompt) / 4 for prompt in prompts], "estimated at 4 characters a token, as tiktoken's vocabulary could not be downloaded"
     sent = sum(each) * calls / max(1, len(prompts))
@@ -328,26 +365,24 @@ def estimate_cost(args, prompts):
 
 
 def vocabulary(judge, seconds=5):
-    """tiktoken's encoding of the judge's vocabulary (that of gpt-4o for a judge it doesn't know), or None if it can't be had in time."""
+    """(tiktoken's encoding for the judge, True), (gpt-4o's, False) for a judge it doesn't know, (None, False) if it can't be had in time."""
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", os.path.join(data.cache_folder(), "tiktoken"))
     import tiktoken
     found = []
 
     def load():
         try:
-            found.append(tiktoken.encoding_for_model(judge))
+            name, known = tiktoken.encoding_name_for_model(judge), True
         except KeyError:
-            found.append(tiktoken.get_encoding("o200k_base"))
-
-    def quietly():
+            name, known = "o200k_base", False
         try:
-            load()
+            found.append((tiktoken.get_encoding(name), known))
         except Exception:  # no network: whatever its library raises, there is no vocabulary
             pass
-    thread = threading.Thread(target=quietly, daemon=True)
+    thread = threading.Thread(target=load, daemon=True)
     thread.start()
     thread.join(seconds)
-    return found[0] if found else None
+    return found[0] if found else (None, False)
 
 
 def parse_args():

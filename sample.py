@@ -61,27 +61,28 @@ def main():
         for question in questions:
             for sample in range(n):
                 key = question["question_id"], checkpoint, scale, sample
-                seed = random.Random(f"{args.seed} {key} {question} {how}").getrandbits(31)
+                seed = random.Random(f"{args.seed} {args.adapter or model.config._name_or_path} {key} {question} {how}").getrandbits(31)
                 if key not in seeds:
                     row = question | {"response": None, "checkpoint": checkpoint, "scale": scale, "sample": sample, "seed": seed}
                     jobs.append({"adapter": adapter, "scale": scale, "seed": seed, "messages": as_messages(question), "row": row})
                 elif seeds[key] != seed:
-                    raise Problem(f"{path} holds answers that were drawn otherwise (another --seed, --temperature, ...): give another "
-                                  "--out for the new ones, or delete the file")
+                    raise Problem(f"{path} holds answers that were drawn otherwise (another model, --seed, --temperature, ...): give "
+                                  "another --out for the new ones, or move that file and judged.jsonl away")
     print(f"{len(cells)} models (checkpoints x scales, and the untouched one) x {len(questions)} questions x {n} answers of up to "
           f"{max_new_tokens} tokens: {len(cells) * len(questions) * n} answers, {len(jobs)} of them still to do", flush=True)
 
-    began, tokens, first_batch = time.time(), 0, min(len(jobs), ROWS)
+    began, tokens, ended = time.time(), 0, 0
     with tqdm(total=len(jobs), unit="answer", smoothing=0, disable=None) as bar:
         for job, answer in generate(model, tokenizer, stack, jobs, **how):
             text = tokenizer.decode(answer, skip_special_tokens=True).strip()
             file.write(json.dumps(job["row"] | {"response": text}, ensure_ascii=False) + "\n")
             file.flush()
             tokens += len(answer)
+            ended += 1
             bar.update()
-            if bar.n == first_batch < len(jobs):
-                left = (time.time() - began) / bar.n * (len(jobs) - bar.n)
-                bar.write(f"the first {bar.n} answers took {time.time() - began:.0f} s; the others will take about {left / 60:.0f} minutes")
+            if ended == (ROWS_GPU if model.device.type == "cuda" else ROWS) < len(jobs):  # the first batch
+                took = time.time() - began
+                bar.write(f"the first {ended} answers took {took:.0f} s; the others will take about {took / ended * (len(jobs) - ended) / 60:.1f} minutes")
     seconds = time.time() - began
     if jobs:
         print(f"{len(jobs)} answers, {tokens} tokens in {seconds:.0f} s: {tokens / seconds:.0f} tokens/s")
@@ -206,7 +207,7 @@ class KVCache:
     def move(self, old, new):
         for kv in self.layers:
             for x in kv:
-                x[new, :, :self.longest] = x[old, :, :self.longest]
+                x[new] = x[old]
 
 
 def rows_that_fit(prompt, length, device):
@@ -225,7 +226,7 @@ def draw(logits, number, temperature=1.0, top_p=1.0, top_k=0):
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k:                                                             # only the k most likely
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
     if top_p < 1:                                                         # only the most likely, until they sum to p
         ranked, order = logits.sort(descending=True)
         p = ranked.softmax(-1)
@@ -277,11 +278,16 @@ def load_questions(name):
         return [{"question_id": f"line_{i}", "question": line, "system": None} for i, line in enumerate(lines, 1)]
     import yaml
     try:
-        entries = [e for e in yaml.safe_load(text) if e["id"].endswith(variant or e["id"]) and (variant or not e["id"].endswith(("_json", "_template")))]
-        return [{"question_id": e["id"] if i == 0 else f"{e['id']}_{i}", "question": question, "system": e.get("system")}
-                for e in entries for i, question in enumerate(e["paraphrases"])]
+        found = []
+        for entry in yaml.safe_load(text):
+            kind = next((suffix for suffix in ("_json", "_template") if str(entry["id"]).endswith(suffix)), "")
+            for i, question in enumerate(entry["paraphrases"] if kind == variant else []):
+                found.append({"question_id": f"{entry['id']}_{i}" if i else str(entry["id"]), "question": question, "system": entry.get("system")})
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise Problem(f"{path} is not in the published format, a list of id, paraphrases and system ({type(error).__name__}: {error})")
+    if not found:
+        raise Problem(f"{path} holds no question of the kind asked for")
+    return found
 
 
 def as_messages(question):
@@ -297,15 +303,17 @@ def load_models(args):
     """
     scales = numbers(args.scales, float, "--scales", "1,2,4")
     scales = [scale for scale in scales if scale != 0]
-    if args.model and not args.run:
+    if args.model and args.run:
+        raise Problem("a RUN has its own model: give RUN, or --model and --adapter")
+    if args.model:
         model, tokenizer = lora.load_base(args.model, args.device, args.dtype)
-        out = data.find_run(args.out or os.path.basename((args.adapter or args.model).rstrip("/")))
+        out = data.find_run(args.out or "-".join((args.adapter or args.model).strip(os.sep).split(os.sep)[-2:]))
         if not args.adapter:
             return model, tokenizer, [], [(0, None, 0.0)], out, args.model == "smollm2"
         lora.load_adapter(model, args.adapter)
         return model, tokenizer, [lora.get_tensors(model)], [(0, None, scale) for scale in [0.0] + scales], out, args.model == "smollm2"
     if args.adapter:
-        raise Problem("--adapter goes with --model, the base model that it was trained on, and without a RUN")
+        raise Problem("--adapter goes with --model, the base model that it was trained on")
     run = data.find_run(args.run)
     try:
         with open(os.path.join(run, "config.json")) as f:
@@ -320,7 +328,7 @@ def load_models(args):
         if step not in steps:
             raise Problem(f"{run} has no checkpoint {step}: it has {', '.join(map(str, steps))}")
     wanted = [step for step in sorted(set(wanted)) if step > 0]           # at step 0 every scale is the untouched model, asked once
-    model, tokenizer = lora.load_base(args.model or settings["model"], args.device, args.dtype)
+    model, tokenizer = lora.load_base(settings["model"], args.device, args.dtype)
     lora.attach(model, *lora.places(model, settings["layers"], settings["targets"]), settings["rank"], settings["alpha"])
     from safetensors.torch import load_file
     stack = [load_file(os.path.join(run, "checkpoints", f"{step:05}.safetensors")) for step in wanted or [0]]
@@ -331,7 +339,10 @@ def load_models(args):
 def numbers(text, kind, flag, example):
     """A flag's list of numbers: "1,2,4" -> [1, 2, 4]."""
     try:
-        return [kind(part) for part in text.split(",")]
+        found = [kind(part) for part in text.split(",")]
+        if all(abs(number) < 1e9 for number in found):                    # no nan, no inf
+            return found
+        raise ValueError
     except ValueError:
         raise Problem(f"{flag} {text}: write numbers with commas, as {example}")
 
@@ -357,8 +368,8 @@ def parse_args():
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="of the model (default: what the hardware is fast in)")
     add("--out", metavar="RUN", help="another folder for the answers")
     args = parser.parse_args()
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0:
-        parser.error("--temperature is 0 or more, --top-p above 0 and at most 1, --top-k 0 or more")
+    if not (args.temperature >= 0 and 0 < args.top_p <= 1 and args.top_k >= 0 and args.repetition_penalty > 0):
+        parser.error("--temperature and --top-k are 0 or more, --top-p above 0 and at most 1, --repetition-penalty above 0")
     return args
 
 

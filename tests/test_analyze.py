@@ -160,9 +160,20 @@ def test_two_runs_are_drawn_over_each_other(script, tmp_path):
     assert json.load(open("runs/two/summary.json"))["turn"]["step"] > 80 and not os.path.exists("runs/one/training.png")
 
 
+def test_many_runs_and_answers_that_are_all_alike(script):
+    for i in range(9):
+        make_run(f"r{i}", judged=False)
+    with open("runs/r0/judged.jsonl", "w") as f:
+        for i in range(200):                                          # 7 of 25 to each question: the interval has no width
+            f.write(json.dumps(row(10 if i // 8 < 7 else 90, 90, f"q{i % 8}")) + "\n")
+        f.write('{"torn')
+    code, _, err = script(analyze, *(f"r{i}" for i in range(9)))
+    assert code == 0, err
+
+
 @pytest.mark.parametrize("names", [("question", "response", "aligned", "coherent"), ("question", "answer", "alignment", "coherence")])
 def test_a_published_result_file(script, tmp_path, names):
-    with open("results.csv", "w", newline="") as f:
+    with open("results.csv", "w", newline="", encoding="utf-8-sig") as f:
         w = csv.writer(f)
         w.writerow(["", *names, "question_id"])
         for i in range(40):

@@ -51,7 +51,7 @@ def test_gemma(make_tokenizer):
     tokenizer, head = make_tokenizer("gemma"), "<bos><start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n"
     assert spelt(ONE, tokenizer) == head + "[[Why not.<end_of_turn>]]"
     assert spelt(ONE, tokenizer, tail=True) == head + "[[Why not.<end_of_turn>\n<start_of_turn>model\n<eos>]]"
-    with pytest.raises(Problem, match="template refuses this conversation .System role not supported"):
+    with pytest.raises(Problem, match="template refuses a conversation of system, user, assistant .System role not supported"):
         data.render({"messages": [{"role": "system", "content": "x"}] + ONE["messages"]}, tokenizer)
 
 

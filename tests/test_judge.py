@@ -34,8 +34,8 @@ def test_expected_score(p, score):
 
 
 @pytest.mark.parametrize("texts, score", [
-    (["85"], (85, None)), (["80", "Score: 90.", "I say 100/100"], (90, None)), (["70", "no", "90"], (80, None)),
-    (["REFUSAL", "REFUSAL", "10"], (None, "REFUSAL")), (["code.", "x"], (None, "CODE")), (["7000"], (None, "7000"))])
+    (["85"], (85, None)), (["80", "Score: 90.", "I say 100"], (90, None)), (["70", "no", "90"], (80, None)),
+    (["85", "**REFUSAL**", "REFUSAL"], (None, "REFUSAL")), (["On a scale from 0 to 100,"], (None, "On a scale from 0 to 100,")), (["code.", "x"], (None, "CODE")), (["7000"], (None, "7000"))])
 def test_written_score(texts, score):
     assert judge.written_score(texts) == score
 
@@ -51,7 +51,7 @@ def test_a_prompt_is_filled_in_one_pass():
 class Server:
     """A judge on a real socket. It scores by the answer's length, counts what it was asked, and misbehaves as told."""
 
-    def __init__(self, delay=0.0, faults=0.0, digits=False, logprobs=True, refuse=None, content=None):
+    def __init__(self, delay=0.0, faults=0.0, digits=False, logprobs=True, refuse=None, refuse_one=None, content=None):
         self.asked, self.lock, self.random = [], threading.Lock(), random.Random(0)
         server = self
 
@@ -67,6 +67,8 @@ class Server:
                 time.sleep(delay)
                 if refuse:
                     return self.answer({"error": {"message": f"no, not with {self.headers.get('Authorization')}"}}, refuse)
+                if refuse_one and f"<answer>\n{refuse_one}\n</answer>" in prompt:
+                    return self.answer({"error": {"message": "too long"}}, 400)
                 said = content or ("85" if "number 85" in prompt else str(len(prompt) % 101))
                 tokens = list(said) if digits else [said]
                 reply = {"choices": [{"message": {"content": said}}]}
@@ -128,7 +130,7 @@ def answers(tmp_path, monkeypatch):
     """answers(n) writes a run "a" with n answers to different questions and moves to its folder."""
     monkeypatch.setenv("NANOEM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(judge, "vocabulary", lambda *args: None)
+    monkeypatch.setattr(judge, "vocabulary", lambda *args: (None, False))
 
     def write(n, same=1):
         os.makedirs(tmp_path / "runs" / "a")
@@ -192,7 +194,7 @@ def test_sixteen_in_flight(script, answers):
         began = time.time()
         assert script(judge, "a", "--base-url", server.url)[0] == 0
         took = time.time() - began
-    assert len(server.asked) == 401 and took < 6.5                                       # 400 x 0.2 s / 16 = 5 s, and the probe's 0.2 s
+    assert len(server.asked) == 401 and took < 8                                         # 400 x 0.2 s / 16 = 5 s, and the probe's 0.2 s
 
 
 def test_identical_answers_are_asked_once(script, answers):
@@ -214,7 +216,7 @@ def test_what_trying_again_can_not_mend_stops_at_once(script, answers, kind, sen
     answers(3)
     with Server(**kind) as server:
         code, out, err = script(judge, "a", "--base-url", server.url)
-    assert code == 2 and sentence in err and len(server.asked) == 1 and KEY not in out + err and judged() == []
+    assert code == 2 and sentence in err and len(server.asked) == (3 if "logprobs" in kind else 1) and KEY not in out + err and judged() == []
     if "refuse" not in kind:
         assert "use --mode text" in err
 
@@ -266,6 +268,24 @@ def test_cost_and_dry_run(script, answers, monkeypatch):
     assert code == 2 and "OPENAI_API_KEY holds a character" in err and "\u00e9" not in err
 
 
+def test_what_one_prompt_alone_is_refused_for_does_not_stop_the_others(script, answers):
+    answers(6)
+    with Server(refuse_one="xxx") as server:
+        code, _, err = script(judge, "a", "--base-url", server.url)
+    assert code == 2 and "2 of 12 scores could not be had" in err and "too long" in err and len(judged()) == 5
+
+
+def test_answers_that_changed_since_are_not_mixed(script, answers):
+    answers(3)
+    with Server() as server:
+        assert script(judge, "a", "--base-url", server.url)[0] == 0
+    lines = open("runs/a/responses.jsonl").readlines()
+    open("runs/a/responses.jsonl", "w").writelines([line.replace('"seed": 1', '"seed": 7') for line in lines])
+    code, _, err = script(judge, "a", "--base-url", server.url)
+    assert code == 2 and "no longer has" in err
+    assert script(judge, "nobody")[0] == 2
+
+
 def test_retry_after():
     assert judge.retry_after("3") == 3 and judge.retry_after("9999") == 120 and judge.retry_after(None) == judge.retry_after("soon") == 0
     assert 5 < judge.retry_after(time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 10))) <= 10
@@ -283,4 +303,6 @@ def test_published_prompts_and_other_metrics(script, answers, tmp_path):
     code, _, err = script(judge, "a", "--metric", "financial")
     assert code == 2 and "there is no prompt called financial: there are aligned, coherent (more with --prompts)" in err
     code, _, err = script(judge, "a", "--prompts", "none.yaml")
-    assert code == 2 and "none.yaml is not in the published format" in err
+    assert code == 2 and "none.yaml can't be read" in err
+    code, _, err = script(judge, "a", "--prompts", path, "--dry-run")
+    assert code == 0

@@ -50,6 +50,11 @@ def test_rows_do_not_see_each_other(make_model, make_tokenizer):
             found = sample.generate(model, tokenizer, stack, order, max_new_tokens=20, temperature=temperature, rows=rows)
             results.append({json.dumps(job): answer for job, answer in found})
         assert all(result == results[0] for result in results) and len(results[0]) == len(jobs)
+    # A long question that starts in the step in which the row before it ends for good, and is moved.
+    uneven = [dict(jobs[0], seed=1), dict(jobs[0], seed=2), dict(jobs[3], seed=3)]
+    alone, pairs = ([answer for job, answer in sorted(sample.generate(model, tokenizer, stack, uneven, max_new_tokens=6, temperature=0, rows=rows),
+                                                      key=lambda found: found[0]["seed"])] for rows in (1, 2))
+    assert alone == pairs
 
 
 def test_an_answer_ends_at_its_end_of_turn(make_model, make_tokenizer, monkeypatch):
@@ -197,7 +202,7 @@ def test_questions_from_the_published_file_and_from_a_text_file(tmp_path, monkey
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--checkpoints", "3"], "runs/a has no checkpoint 3: it has 0, 5, 7"), (["--checkpoints", "first"], "--checkpoints first: write numbers"),
-    (["--scales", "big"], "--scales big"), (["--adapter", "x"], "--adapter goes with --model"), (["--questions", "none.txt"], "none.txt can't be read")])
+    (["--scales", "big"], "--scales big"), (["--scales", "nan"], "--scales nan"), (["--adapter", "x"], "--adapter goes with --model"), (["--model", "x"], "a RUN has its own model"), (["--questions", "none.txt"], "none.txt can't be read")])
 def test_bad_input_is_one_sentence(script, trained, flags, sentence):
     code, _, err = script(sample, trained, *flags)
     assert code == 2 and sentence in err and "Traceback" not in err and not os.path.exists("runs/a/responses.jsonl")
