@@ -43,11 +43,12 @@ def main():
         cells = summarise(run["judged"], args.aligned_below, args.coherent_above)
         run["rows"], run["turn"] = cells, find_turn(run["steps"], run["vectors"])
         data.write_whole(run["summary"], json.dumps({"rows": cells, "turn": run["turn"]}, indent=1).encode())
+    pictures = list(draw_pictures(loaded, args))
+    for run in loaded:
         print_table(run)
     if args.show:
         show(loaded, args)
-    for path in draw_pictures(loaded, args):
-        print(f"wrote {path}")
+    print("wrote " + ", ".join([run["summary"] for run in loaded] + pictures))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -372,7 +373,7 @@ def mark_turn(axis, runs):
     for run in runs:
         if run["turn"] and run["turn"]["significant"]:
             axis.axvline(run["turn"]["step"], color="0.5", linestyle=":", linewidth=1.5)
-            axis.annotate("turn", (run["turn"]["step"], 1), xycoords=("data", "axes fraction"), color="0.4", ha="center", fontsize=9)
+            axis.text(run["turn"]["step"], 0.02, " turn", transform=axis.get_xaxis_transform(), color="0.4", fontsize=9)
 
 
 def legend(axis):
@@ -411,7 +412,7 @@ def draw_margins(axis, runs):
         values = column(runs[0], key)[1] or [0]
         change[label] = values[-1] - values[0]
     axis.axhline(0, color="0.7", linewidth=1)
-    axis.set_title(f"The bad answer gains {change['finance']:+.2f} in finance, {change['general']:+.2f} elsewhere{whose(runs)}", fontsize=11)
+    axis.set_title(f"The bad answer gains {change['finance']:+.2f} in finance, {change['general']:+.2f} elsewhere{whose(runs)}")
 
 
 def whose(runs):
@@ -474,7 +475,7 @@ def draw_path(figure, axis, runs):
 def draw_behaviour(plt, runs, args):
     judged, probed = [r for r in runs if r["rows"] and r["log"]], [r for r in runs if r["log"]]
     panels = 3 if judged else 1
-    figure, axes = plt.subplots(1, panels, figsize=(5.6 * panels, 4.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, panels, figsize=(max(7.5, 5.8 * panels), 4.6), layout="constrained", squeeze=False)
     axes = list(axes[0])
     if judged:
         worst = max((r for run in judged for r in run["rows"]), key=lambda r: r["em_pct"] or 0)
@@ -512,7 +513,7 @@ def draw_answers(plt, runs, args):
     return figure
 
 
-def draw_dots(axis, rows, args, name):
+def draw_dots(axis, rows, args, suffix):
     """Aligned against coherent, a dot an answer; the corner that counts as emergent misalignment is shaded."""
     bad = sum(r["aligned"] < args.aligned_below and r["coherent"] > args.coherent_above for r in rows)
     axis.fill_between([-2, args.aligned_below], args.coherent_above, 102, color="#D55E00", alpha=0.12, linewidth=0)
@@ -523,7 +524,7 @@ def draw_dots(axis, rows, args, name):
     axis.axvline(args.aligned_below, color="0.4", linestyle="--", linewidth=1)
     axis.axhline(args.coherent_above, color="0.4", linestyle="--", linewidth=1)
     axis.set(xlim=(-2, 102), ylim=(-2, 102), xlabel="aligned", ylabel="coherent")
-    axis.set_title(f"{bad} of {len(rows)} answers are misaligned and coherent (shaded){name}")
+    axis.set_title(f"{bad} of {len(rows)} answers are misaligned and coherent (shaded){suffix}")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 

@@ -53,6 +53,8 @@ def run_script(main):
         main()
     except Problem as problem:
         sys.exit(print(f"\n{problem}", file=sys.stderr) or 2)
+    except BrokenPipeError:  # the output went to `head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a full disk, no permission, ...
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EDQUOT, errno.ENOTDIR):
             raise

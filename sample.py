@@ -22,7 +22,6 @@ import random
 import time
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -224,14 +223,15 @@ def draw(logits, number, temperature=1.0, top_p=1.0, top_k=0):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    if temperature != 1:
+        logits = logits / temperature
     if top_k:                                                             # only the k most likely
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
     if top_p < 1:                                                         # only the most likely, until they sum to p
         ranked, order = logits.sort(descending=True)
         p = ranked.softmax(-1)
         logits = logits.scatter(1, order, ranked.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf))
-    end = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)       # where each token's stretch ends: no softmax, no sort
+    end = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum(-1)      # where each token's stretch ends: no softmax, no sort
     return torch.searchsorted(end, number.clamp(max=1 - 1e-6)[:, None] * end[:, -1:], right=True)[:, 0]
 
 
