@@ -125,7 +125,7 @@ def main():
             raise Problem(f"{failed} of {len(tasks)} scores could not be had, and their answers are not written: run the same again to ask for "
                           f"them (the last: {last})")
     nulls = sum(any(row[metric] is None for metric in prompts) for _, row in data.read_jsonl(file.name))
-    print(f"{file.name} holds {len(responses)} judged answers, {nulls} of them without a score (refusals, code)\nnext: python analyze.py {run}")
+    print(f"{file.name} holds {len(responses)} judged answers, {nulls} of them without a score (refusals, code, no number)\nnext: python analyze.py {run}")
 
 
 def key(row):

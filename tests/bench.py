@@ -257,7 +257,6 @@ def row_sample(args, what):
 
 def row_generate(args, what):
     """model.generate on plain, merged models, with left padding, as in the papers' code."""
-    import torch
     import data
     import lora
     model, tokenizer, stack, questions = sampling_setup(args)
