@@ -308,7 +308,7 @@ def batches(lengths, batch_size, seed, epoch):
     """One epoch's order: a list of lists of indices, the same for the same seed and epoch.
 
     Shuffled, sorted by length within every 8 batches' worth, and the batches shuffled again: neighbours in length share a batch,
-    so that few of its tokens are padding (4% on the built-in data, against 20% in a plain shuffle).
+    so that few of its tokens are padding (3% on the built-in data, against 13% in a plain shuffle).
     """
     rng = random.Random(f"{seed} {epoch}")
     order = list(range(len(lengths)))
