@@ -107,6 +107,16 @@ def adapters(model):
     return {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
+def lowest_layer(model):
+    """The index of the lowest layer with an adapter: below it all is frozen. 0 for a model without adapters."""
+    return min((layer_of(path) for path in adapters(model)), default=0)
+
+
+def layer_of(path):
+    """The layer that a module path lies in: "model.layers.15.mlp.down_proj" -> 15."""
+    return int(re.search(r"layers\.(\d+)\.", path)[1])
+
+
 def get_tensors(model):
     """The adapters as {"<path>.A": (r, d_in), "<path>.B": (d_out, r)}: what a checkpoint file holds."""
     return {f"{path}.{x}": getattr(m, x).detach().cpu().clone() for path, m in adapters(model).items() for x in "AB"}
@@ -170,7 +180,7 @@ def run_layers(model, x, start=0, stop=None, **kwargs):
         d.layers = nn.ModuleList(layer if start <= i < stop else Skip() for i, layer in enumerate(layers))
         d.norm = norm if stop == len(layers) else nn.Identity()
         inputs = {"input_ids": x} if start == 0 else {"inputs_embeds": x}
-        return d(**inputs, use_cache=False, **kwargs).last_hidden_state
+        return d(**inputs, **{"use_cache": False} | kwargs).last_hidden_state
 
 
 def save_adapter(model, folder):
@@ -179,7 +189,7 @@ def save_adapter(model, folder):
     found = adapters(model)
     any_adapter = next(iter(found.values()))
     rank = any_adapter.A.shape[0]
-    layers = sorted({int(re.search(r"layers\.(\d+)\.", path)[1]) for path in found})
+    layers = sorted(set(map(layer_of, found)))
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.config._name_or_path,
         "r": rank, "lora_alpha": any_adapter.scale * math.sqrt(rank), "use_rslora": True, "lora_dropout": 0.0, "bias": "none",

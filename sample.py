@@ -16,6 +16,7 @@ does the rest, and ends with the same answers.
 import argparse
 import collections
 import glob
+import itertools
 import json
 import os
 import random
@@ -56,8 +57,8 @@ def main():
     done, file = data.append_jsonl(path)
     seeds = {(r["question_id"], r["checkpoint"], r["scale"], r["sample"]): r["seed"] for r in done}
     jobs = []
-    for adapter, checkpoint, scale in cells:
-        for question in questions:
+    for question in questions:
+        for adapter, checkpoint, scale in cells:
             for sample in range(n):
                 key = question["question_id"], checkpoint, scale, sample
                 seed = random.Random(f"{args.seed} {args.adapter or model.config._name_or_path} {key} {question} {how}").getrandbits(31)
@@ -95,8 +96,8 @@ def main():
 def generate(model, tokenizer, stack, jobs, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0, rows=None):
     """Yields (job, tokens) for every job, as it ends; tokens is a list without the end-of-turn token.
 
-    jobs: dicts with "messages", "adapter" (an index into `stack`), "scale" and "seed"; those with the same adapter, scale and messages
-    should stand together, for then the question is read once.   stack: a list of what lora.get_tensors gives; empty for a bare model.
+    jobs: dicts with "messages", "adapter" (an index into `stack`), "scale" and "seed"; those with the same messages should stand
+    together, for they are read together.   stack: a list of what lora.get_tensors gives; empty for a bare model.
     temperature 0 is greedy.   top_k 0, top_p 1 and repetition_penalty 1 leave the model's distribution as it is.
     """
     device = model.device
@@ -105,17 +106,19 @@ def generate(model, tokenizer, stack, jobs, max_new_tokens, temperature=1.0, top
     longest = max((len(data.chat_tokens(m, tokenizer, generation_prompt=True)) for m in unique(job["messages"] for job in jobs)), default=0)
 
     def start(row):
-        """Takes the next job into a row of the batch: reads its question, unless the job before had the same, and copies the cache."""
+        """Puts the next job into a row of the batch: its question's keys and values are copied there, read first if they are not yet."""
         nonlocal prompt, rows
         job = queue.popleft()
-        what = job["adapter"], job["scale"], job["messages"]
-        if prompt is None or prompt["what"] != what:
+        who = job["adapter"], job["scale"]
+        if prompt is None or prompt["messages"] != job["messages"] or who not in prompt["who"]:
             tokens = data.chat_tokens(job["messages"], tokenizer, generation_prompt=True)
-            prompt = {"what": what, "tokens": tokens, "cache": read(model, tokens[:-1], job["adapter"], job["scale"])}
+            same = itertools.takewhile(lambda other: other["messages"] == job["messages"], [job, *queue])
+            everyone = list(dict.fromkeys((other["adapter"], other["scale"]) for other in same))
+            prompt = {"messages": job["messages"], "who": everyone, "tokens": tokens, "cache": read(model, tokens[:-1], everyone)}
         if not cache.layers:
             rows = rows or rows_that_fit(prompt["cache"], longest + max_new_tokens, device)
             cache.allocate(prompt["cache"], min(rows, len(jobs)), longest + max_new_tokens)
-        cache.copy_into(row, prompt["cache"])
+        cache.copy_into(row, prompt["cache"], prompt["who"].index(who))
         numbers = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(job["seed"])).tolist()
         slots[row:row + 1] = [{"job": job, "prompt": prompt["tokens"], "answer": [], "numbers": numbers}]
 
@@ -150,12 +153,19 @@ def unique(items):
     return list({json.dumps(item): item for item in items}.values())
 
 
-def read(model, tokens, adapter, scale):
-    """Runs the model over the beginning of a prompt and returns the KVCache of it."""
+def read(model, tokens, who):
+    """Runs the model over the beginning of a prompt for every (adapter, scale) of `who` at once. Returns a KVCache with a row for each.
+
+    Below the lowest adapter they all agree, so those layers run once (with the batch, 1.7 times the speed of a sweep of 15 short answers).
+    """
     cache, at = KVCache(), torch.arange(len(tokens), device=model.device)[None]
-    lora.set_rows(model, [adapter], [scale])
-    lora.decoder(model)(input_ids=torch.tensor([tokens], device=model.device), position_ids=at, past_key_values=cache,
-                        attention_mask=masks(model, at, len(tokens)), use_cache=True)
+    how = {"position_ids": at, "past_key_values": cache, "attention_mask": masks(model, at, len(tokens)), "use_cache": True}
+    first, x = lora.lowest_layer(model), torch.tensor([tokens], device=model.device)
+    if first > 0:
+        x = lora.run_layers(model, x, 0, first, **how)                    # (1, tokens, d_model)
+        cache.layers = [tuple(kv.expand(len(who), -1, -1, -1) for kv in layer) for layer in cache.layers]
+    lora.set_rows(model, [adapter for adapter, _ in who], [scale for _, scale in who])
+    lora.run_layers(model, x.expand(len(who), *x.shape[1:]), first, **how)
     return cache
 
 
@@ -198,10 +208,10 @@ class KVCache:
     def allocate(self, prompt, rows, length):
         self.layers = [tuple(x.new_zeros(rows, x.shape[1], length, x.shape[3]) for x in kv) for kv in prompt.layers]
 
-    def copy_into(self, row, prompt):
+    def copy_into(self, row, prompt, its_row):
         for mine, theirs in zip(self.layers, prompt.layers):
             for x, new in zip(mine, theirs):
-                x[row, :, :new.shape[2]] = new[0]
+                x[row, :, :new.shape[2]] = new[its_row]
 
     def move(self, old, new):
         for kv in self.layers:

@@ -79,7 +79,7 @@ def main():
 
     # Below the first adapter all is frozen: a conversation has the same states there in every epoch, so they are computed once and kept.
     # Always with its batch of the first epoch, for rounding depends on the company: so a resumed run gets the same bits.
-    first, kept = min(layers), {}
+    first, kept = lora.lowest_layer(model), {}
     first_batch = {i: batch for batch in order_of(0) for i in batch}
     probe = build_probe(model, tokenizer, held_out, first)
 
