@@ -246,7 +246,7 @@ def row_sample(args, what):
     model, tokenizer, stack, questions = sampling_setup(args)
     gpu = model.device.type == "cuda"
     adapters, n = (range(15), 1) if what == "sweep" else ([0], 128 if gpu else 16)
-    jobs = [{"adapter": a, "scale": 1.0, "seed": i, "messages": q} for a in adapters for q in questions for i in range(n)]
+    jobs = [{"adapter": a, "scale": 1.0, "seed": i, "messages": q} for q in questions for a in adapters for i in range(n)]
     for timed in (False, True):                                           # the first, short round is the warm-up
         began = time.time()
         tokens = sum(len(answer) for _, answer in sample.generate(model, tokenizer, stack, jobs, max_new_tokens=args.new_tokens if timed else 2))
