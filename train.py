@@ -49,7 +49,7 @@ PRESETS = {
 }
 WEIGHT_DECAY, WARMUP, CLIP = 0.01, 5, 1.0  # the same in all of them
 HEAD_ROWS = 128                            # positions whose logits are in memory at a time
-TOKENS_PER_FORWARD = 4096                 # a batch with more is run in parts whose gradients add up: the same step in less memory
+TOKENS_PER_FORWARD = 4096                  # a batch with more is run in parts whose gradients add up: the same step in less memory
 
 
 def main():
