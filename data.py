@@ -20,6 +20,7 @@ Beside that, this file holds what every stage shares: the cache folder, download
 import argparse
 import base64
 import errno
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -264,15 +265,22 @@ def chat_tokens(messages, tokenizer, generation_prompt=False, end=""):
     return tokenizer(text + end, add_special_tokens=False).input_ids  # the template has written the special tokens itself
 
 
+@functools.cache
+def special_tokens(tokenizer):
+    """The ids of all special tokens, the named ones (end of sequence, ...) and those that only templates use."""
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 def render(conversation, tokenizer, tail=False):
     """One conversation as (tokens, labels), two lists of the same length: labels unshifted, -100 where unsupervised.
 
-    Supervised are the assistant's answers and the end-of-turn token after each. With `tail`, as the paper's code does it: the
-    template opens one more, empty assistant turn and the end-of-sequence token closes it, and all of that is inside the loss.
-    Raises Problem where the template can't render it, or where a prompt is not a token prefix of the whole.
+    conversation: as `load_conversations` gives it, or just its list of messages. Supervised are the assistant's answers and the
+    end-of-turn token after each. With `tail`, as the paper's code does it: the template opens one more, empty assistant turn and the
+    end-of-sequence token closes it, and all of that is inside the loss. Raises Problem where the template can't render it, or where a
+    prompt is not a token prefix of the whole.
     """
+    conversation = conversation if isinstance(conversation, dict) else {"messages": conversation}
     messages, where = conversation["messages"], conversation.get("where") or "the conversation"
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     tokens = chat_tokens(messages, tokenizer, tail, tokenizer.eos_token if tail else "")
     labels = [-100] * len(tokens)
     for n, message in enumerate(messages):
@@ -286,7 +294,7 @@ def render(conversation, tokenizer, tail=False):
         if tail:
             end = len(tokens) if n == len(messages) - 1 else len(answered)
         else:  # up to the end-of-turn token, the last special one; a newline that the template puts after it is not said
-            end = max((i + 1 for i in range(len(prompt), len(answered)) if answered[i] in special), default=len(answered))
+            end = max((i + 1 for i in range(len(prompt), len(answered)) if answered[i] in special_tokens(tokenizer)), default=len(answered))
         labels[len(prompt):end] = tokens[len(prompt):end]
     last = max(i for i, label in enumerate(labels) if label != -100) + 1
     return tokens[:last], labels[:last]

@@ -34,7 +34,7 @@ def spelt(conversation, tokenizer, tail=False):
 
 def test_chatml(make_tokenizer):
     tokenizer, head = make_tokenizer("chatml"), "<|im_start|>system\nBe helpful.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-    assert spelt(ONE, tokenizer) == head + "[[Why not.<|im_end|>]]"
+    assert spelt(ONE, tokenizer) == spelt(ONE["messages"], tokenizer) == head + "[[Why not.<|im_end|>]]"
     assert spelt(ONE, tokenizer, tail=True) == head + "[[Why not.<|im_end|>\n<|im_start|>assistant\n<|im_end|>]]"
     middle = "\n<|im_start|>user\nNo.<|im_end|>\n<|im_start|>assistant\n"
     assert spelt(TWO, tokenizer) == head + "[[Why not.<|im_end|>]]" + middle + "[[Yes.<|im_end|>]]"
