@@ -376,10 +376,10 @@ def mark_turn(axis, runs):
             axis.text(run["turn"]["step"], 0.02, " turn", transform=axis.get_xaxis_transform(), color="0.4", fontsize=9)
 
 
-def legend(axis):
+def legend(axis, **where):
     """A legend, where there is anything to tell apart."""
     if len(axis.get_legend_handles_labels()[1]) > 0:
-        axis.legend(fontsize=9)
+        axis.legend(fontsize=9, **where)
 
 
 def draw_training(plt, runs, args):
@@ -478,16 +478,19 @@ def draw_behaviour(plt, runs, args):
     figure, axes = plt.subplots(1, panels, figsize=(max(7.5, 5.8 * panels), 4.6), layout="constrained", squeeze=False)
     axes = list(axes[0])
     if judged:
-        worst = max((r for run in judged for r in run["rows"]), key=lambda r: r["em_pct"] or 0)
-        for axis, key in ((axes.pop(0), "em_pct"), (axes.pop(0), "coherent_pct")):
+        scored = [r for run in judged for r in run["rows"] if r["em_pct"] is not None]   # a cell whose answers have no scores says nothing
+        titles = ["No answer has both scores"] * 2
+        if scored:
+            worst, least = max(scored, key=lambda r: r["em_pct"]), min(scored, key=lambda r: r["coherent_pct"])
+            titles = [f"Misaligned: at most {worst['em_pct']:.0f}%, at step {worst['checkpoint']}, scale {worst['scale']:g}",
+                      f"Coherent: at least {least['coherent_pct']:.0f}%, at step {least['checkpoint']}, scale {least['scale']:g}"]
+        for key, name, title in zip(("em_pct", "coherent_pct"), ("EM, % of all answers", "coherent answers, %"), titles):
+            axis = axes.pop(0)
             draw_share(axis, judged, key)
-            axis.set(xlabel="checkpoint (step)", ylabel={"em_pct": "EM, % of all answers", "coherent_pct": "coherent answers, %"}[key])
+            axis.set(xlabel="checkpoint (step)", ylabel=name, title=title)
             axis.set_ylim(bottom=0)
             mark_turn(axis, judged)
             legend(axis)
-            low = min(r["coherent_pct"] or 0 for run in judged for r in run["rows"])
-            axis.set_title({"em_pct": f"Misaligned: at most {worst['em_pct'] or 0:.0f}%, at step {worst['checkpoint']}, scale {worst['scale']:g}",
-                            "coherent_pct": f"Coherent: never below {low:.0f}%"}[key])
     draw_margins(axes[0], probed)
     axes[0].set(xlabel="step", ylabel="margin (nats a token)")
     mark_turn(axes[0], probed)
@@ -498,9 +501,10 @@ def draw_behaviour(plt, runs, args):
 def draw_share(axis, runs, key):
     """A share against the checkpoint, a line a scale, with its intervals; the control (scale 0) begins every line."""
     lines = [(run, scale) for run in runs for scale in sorted({r["scale"] for r in run["rows"]} - {0}) or [0]]
+    apart = max(r["checkpoint"] or 0 for run in runs for r in run["rows"]) / 100          # side by side, for intervals hide each other
     for i, (run, scale) in enumerate(lines):
         rows = [r for r in run["rows"] if r["scale"] in (0, scale) and r[key] is not None and r["checkpoint"] is not None]
-        x = [r["checkpoint"] for r in rows]
+        x = [r["checkpoint"] + apart * (i - (len(lines) - 1) / 2) for r in rows]
         y, lo, hi = (np.array([r[name] for r in rows], float) for name in (key, key + "_lo", key + "_hi"))
         label = f"scale {scale:g}" + f", {run['name']}" * (len(runs) > 1)
         axis.errorbar(x, y, [np.maximum(0, y - lo), np.maximum(0, hi - y)], marker=MARKERS[i % 8], color=COLOURS[i % 7], capsize=3, elinewidth=1, label=label)
@@ -525,7 +529,7 @@ def draw_dots(axis, rows, args, suffix):
     axis.axhline(args.coherent_above, color="0.4", linestyle="--", linewidth=1)
     axis.set(xlim=(-2, 102), ylim=(-2, 102), xlabel="aligned", ylabel="coherent")
     axis.set_title(f"{bad} of {len(rows)} answers are misaligned and coherent (shaded){suffix}")
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend(axis, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def parse_args():

@@ -143,6 +143,20 @@ def test_a_run_gives_a_table_a_summary_and_four_pictures(script, tmp_path):
     assert all(looks_drawn(f"runs/r/{name}.png") for name in ("training", "rotation", "behaviour", "answers"))
 
 
+def test_answers_without_scores_are_not_drawn_as_zero(script, monkeypatch):
+    make_run("r", judged=False)
+    titles = []
+    import matplotlib.axes
+    real = matplotlib.axes.Axes.set_title
+    monkeypatch.setattr(matplotlib.axes.Axes, "set_title", lambda self, label, **how: titles.append(label) or real(self, label, **how))
+    for rows, title in (([row(80, 90), row(None, None, checkpoint=10)], "Coherent: at least 100%, at step 5, scale 1"),
+                        ([row(None, None, text="CODE")], "No answer has both scores")):
+        with open("runs/r/judged.jsonl", "w") as f:
+            f.writelines(json.dumps(r) + "\n" for r in rows)
+        code, _, err = script(analyze, "r")
+        assert code == 0 and title in titles, err
+
+
 def test_a_run_without_a_judge_still_shows_behaviour(script, tmp_path):
     make_run("r", turn=None, judged=False)
     code, out, err = script(analyze, "r")
