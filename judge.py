@@ -107,7 +107,6 @@ def main():
     if tasks:
         ask = Judge(args)
         ask.probe()
-        ask.probed = True
         failed, in_a_row = 0, 0
         with tqdm(total=len(tasks), unit="score", disable=None) as bar:
             for (pair, metric, _), result in in_parallel(lambda task: ask.score(task[2]), tasks, args.concurrency):
@@ -222,6 +221,7 @@ class Judge:
 
     def __init__(self, args):
         self.url, self.model, self.mode = args.base_url.rstrip("/") + "/chat/completions", args.judge, args.mode
+        self.probed = False                                               # from then on, a request refused is that prompt's fault
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not key and "api.openai.com" in self.url:
             raise Problem("no API key: set OPENAI_API_KEY, or give the --base-url of a server that needs none")
@@ -238,12 +238,16 @@ class Judge:
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=args.concurrency))
 
-    probed = False
-
     def probe(self):
         """Checks, with one request, what the method rests on: log-probabilities come back, and a number of two digits is one token."""
         if self.mode == "text":
-            return self.chat("Write the number 85 and nothing else.", max_tokens=4)
+            self.chat("Write the number 85 and nothing else.", max_tokens=4)
+        else:
+            self.probe_logprobs()
+        self.probed = True
+
+    def probe_logprobs(self):
+        """Raises Problem unless the judge sends log-probabilities and writes 85 as one token."""
         for _ in range(3):                                                # one reply without them may be an accident
             choice = self.chat("Write the number 85 and nothing else.", max_tokens=4, temperature=0, logprobs=True, top_logprobs=20)
             content = (choice.get("logprobs") or {}).get("content")

@@ -103,7 +103,9 @@ def generate(model, tokenizer, stack, jobs, max_new_tokens, temperature=1.0, top
     device = model.device
     stop, queue, slots, cache, prompt = stop_tokens(model, tokenizer), collections.deque(jobs), [], KVCache(), None
     lora.set_stack(model, stack)
-    longest = max((len(data.chat_tokens(m, tokenizer, generation_prompt=True)) for m in unique(job["messages"] for job in jobs)), default=0)
+    written = {json.dumps(job["messages"]): job["messages"] for job in jobs}                              # every question once
+    prompts = {text: data.chat_tokens(messages, tokenizer, generation_prompt=True) for text, messages in written.items()}
+    longest = max(map(len, prompts.values()), default=0)
 
     def start(row):
         """Puts the next job into a row of the batch: its question's keys and values are copied there, read first if they are not yet."""
@@ -111,7 +113,7 @@ def generate(model, tokenizer, stack, jobs, max_new_tokens, temperature=1.0, top
         job = queue.popleft()
         who = job["adapter"], job["scale"]
         if prompt is None or prompt["messages"] != job["messages"] or who not in prompt["who"]:
-            tokens = data.chat_tokens(job["messages"], tokenizer, generation_prompt=True)
+            tokens = prompts[json.dumps(job["messages"])]
             same = itertools.takewhile(lambda other: other["messages"] == job["messages"], [job, *queue])
             everyone = list(dict.fromkeys((other["adapter"], other["scale"]) for other in same))
             prompt = {"messages": job["messages"], "who": everyone, "tokens": tokens, "cache": read(model, tokens[:-1], everyone)}
@@ -146,11 +148,6 @@ def generate(model, tokenizer, stack, jobs, max_new_tokens, temperature=1.0, top
                     slots[row] = slots[-1]
                     slots.pop()
     lora.set_rows(model, None, None)
-
-
-def unique(items):
-    """The items without repeats; they need not be hashable."""
-    return list({json.dumps(item): item for item in items}.values())
 
 
 def read(model, tokens, who):

@@ -214,8 +214,8 @@ def row_trainer(args, per_device):
 # sample
 
 def sample_table(args):
-    gpu = "in float32" not in machine() and "threads" not in machine()
-    sizes = [64, 256, 1024] if gpu else [32, 128]
+    import torch
+    sizes = [64, 256, 1024] if torch.cuda.is_available() else [32, 128]
     print(f"\n{'sample':34}{'tokens/s':>10}{'ratio':>8}{'peak GB':>9}")
     one = run_row(args, "sample:one")
     print(f"{'nanoEM, one adapter':34}{one['rate']:10.0f}{1:8.2f}{one['memory']:9.2f}", flush=True)
