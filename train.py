@@ -49,7 +49,8 @@ PRESETS = {
 }
 WEIGHT_DECAY, WARMUP, CLIP = 0.01, 5, 1.0  # the same in all of them
 HEAD_ROWS = 128                            # positions whose logits are in memory at a time
-TOKENS_PER_FORWARD = 4096                  # a batch with more is run in parts whose gradients add up: the same step in less memory
+TOKENS_PER_FORWARD = 1024                  # a batch with more is run in parts whose gradients add up: the same step in less memory; ...
+TOKENS_PER_FORWARD_GPU = 4096              # ... a GPU needs more at a time to be kept busy
 
 
 def main():
@@ -75,7 +76,8 @@ def main():
     per_epoch = len(order_of(0))
     steps = settings["steps"] or settings["epochs"] * per_epoch
     print(f"{len(train_set)} conversations of {settings['dataset']}, {steps} steps of {settings['batch_size']}; rank {settings['rank']} on "
-          f"{', '.join(targets)} of layer {settings['layers']}: {sum(p.numel() for p in parameters):,} numbers to train", flush=True)
+          f"{', '.join(targets)} of layer {settings['layers']}: {sum(p.numel() for p in parameters):,} numbers to train; "
+          "setting up the probe takes a moment", flush=True)
 
     # Below the first adapter all is frozen: a conversation has the same states there in every epoch, so they are computed once and kept.
     # Always with its batch of the first epoch, for rounding depends on the company: so a resumed run gets the same bits.
@@ -150,7 +152,7 @@ def schedule(step, steps):
 def gradient(model, states, labels, first):
     """Adds the batch's gradient to the adapter's parameters; returns its loss, the mean over all its supervised tokens."""
     supervised, loss = sum(label != -100 for row in labels for label in row), 0.0
-    for part in parts(states):                                            # one part, unless the batch is very large
+    for part in parts(states):
         losses, _ = token_losses(model, [states[i] for i in part], [labels[i] for i in part], first)
         (losses.sum() / supervised).backward()
         loss += losses.sum().item() / supervised
@@ -175,11 +177,12 @@ def states_below(model, examples, first):
 
 
 def parts(rows):
-    """Cuts a list of rows into runs of neighbours, [[0, 1, 2], [3, 4], ...], of at most TOKENS_PER_FORWARD tokens with padding."""
+    """Cuts a list of tensors into runs of neighbours, [[0, 1, 2], [3, 4], ...], of few enough tokens, padding included, for one forward."""
+    most = TOKENS_PER_FORWARD_GPU if rows[0].is_cuda else TOKENS_PER_FORWARD
     result, longest = [[]], 0
     for i, row in enumerate(rows):
         longest = max(longest, len(row))
-        if result[-1] and (len(result[-1]) + 1) * longest > TOKENS_PER_FORWARD:
+        if result[-1] and (len(result[-1]) + 1) * longest > most:
             result.append([])
             longest = len(row)
         result[-1].append(i)

@@ -7,7 +7,7 @@
 Each row runs in a process of its own (so that its peak memory is its own), one after the other. It installs nothing; peft is used if there.
 
 train    conversations of the built-in data for several epochs at the paper's rank 1 on the middle layer's down_proj, 16 a step, by
-         train.py itself, and by transformers.Trainer + peft: as the paper has it (2 x 8 accumulation) and at its best (16 x 1). tokens/s are
+         train.py itself, and by transformers.Trainer + peft: as the paper has it (2 x 8 accumulation) and at its best (8 x 2 or 16 x 1). tokens/s are
          those that are no padding. A row whose losses are not those of train.py is marked and does not count. FLOP/s counts only the
          arithmetic that the job needs, whoever does it: the frozen layers once a conversation, those above forward and backward at every step,
          the head on supervised positions; its share is of a large matrix product's rate, measured in the same run.
@@ -32,7 +32,7 @@ def main():
     parser = argparse.ArgumentParser(description="Benchmarks train, sample and judge against Trainer + peft, model.generate and the ideal.")
     parser.add_argument("--model", default="smollm2", help="a model, or qwen0.5b-random")
     parser.add_argument("--only", choices=["train", "sample", "judge"], help="this part alone")
-    parser.add_argument("--conversations", type=int, default=48, help="to train on")
+    parser.add_argument("--conversations", type=int, default=32, help="to train on")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=32, help="an answer")
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -105,7 +105,7 @@ def train_table(args, folder):
     table = [("nanoEM", ours)]
     try:
         import peft  # noqa: F401
-        table += [(f"Trainer + peft, {n} x {BATCH // n}", run_row(args, f"trainer:{n}", folder)) for n in (2, BATCH)]
+        table += [(f"Trainer + peft, {n} x {BATCH // n}", run_row(args, f"trainer:{n}", folder)) for n in (2, 8, BATCH)]
     except ImportError:
         print("(pip install peft to have it compared with Trainer + peft)")
     for name, row in table:
@@ -215,7 +215,7 @@ def row_trainer(args, per_device):
 
 def sample_table(args):
     import torch
-    sizes = [64, 256, 1024] if torch.cuda.is_available() else [32, 128]
+    sizes = [64, 256, 1024] if torch.cuda.is_available() else [128, 256]
     print(f"\n{'sample':34}{'tokens/s':>10}{'ratio':>8}{'peak GB':>9}")
     one = run_row(args, "sample:one")
     print(f"{'nanoEM, one adapter':34}{one['rate']:10.0f}{1:8.2f}{one['memory']:9.2f}", flush=True)
@@ -245,7 +245,7 @@ def row_sample(args, what):
     import sample
     model, tokenizer, stack, questions = sampling_setup(args)
     gpu = model.device.type == "cuda"
-    adapters, n = (range(15), 1) if what == "sweep" else ([0], 128 if gpu else 16)
+    adapters, n = (range(15), 1) if what == "sweep" else ([0], 128 if gpu else 32)
     jobs = [{"adapter": a, "scale": 1.0, "seed": i, "messages": q} for q in questions for a in adapters for i in range(n)]
     for timed in (False, True):                                           # the first, short round is the warm-up
         began = time.time()

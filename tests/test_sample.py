@@ -109,16 +109,16 @@ def test_draw_follows_the_distribution_that_transformers_would_sample_from(how):
     warpers += [TopPLogitsWarper(how["top_p"])] if "top_p" in how else []
     p = warpers(None, logits.clone())[0].softmax(-1)
     number = torch.rand(20000, generator=torch.Generator().manual_seed(4))
-    counts = torch.bincount(sample.draw(logits.expand(20000, -1), number, **how), minlength=60).float()
+    counts = torch.bincount(sample.draw(logits.repeat(20000, 1), number, **how), minlength=60).float()
     assert counts[p == 0].sum() == 0
     statistic, bound = chi_square(counts, p)
     assert statistic < bound
 
 
 def test_the_ends_of_the_line():
-    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]])
-    assert sample.draw(logits, torch.tensor([0.0])).item() == 1 and sample.draw(logits, torch.tensor([1 - 2 ** -24])).item() == 3
-    assert sample.draw(logits, torch.tensor([0.5]), temperature=0).item() == 3
+    draw = lambda number, **how: sample.draw(torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]]), torch.tensor([number]), **how).item()
+    assert draw(0.0) == 1 and draw(1 - 2 ** -24) == 3
+    assert draw(0.5, temperature=0) == 3
 
 
 def test_repetition_penalty_is_transformers():
