@@ -387,13 +387,13 @@ def draw_training(plt, runs, args):
     run = runs[0]
     curve(loss, runs, "loss", "a batch", alpha=0.5, linewidth=1)
     curve(loss, runs, "heldout_loss", "held out", marker="o", markersize=4)
-    loss.set_title(f"The held-out loss goes from {first_last(run, 'heldout_loss')}{whose(runs)}")
+    say(loss, f"The held-out loss goes from {first_last(run, 'heldout_loss')}{whose(runs)}")
     curve(gradient, runs, "grad_norm")
     steps, values = column(run, "grad_norm")
-    gradient.set_title(f"The gradient is largest at step {steps[int(np.argmax(values))]}{whose(runs)}" if values else "Gradient norm")
+    say(gradient, f"The gradient is largest at step {steps[int(np.argmax(values))]}{whose(runs)}" if values else "Gradient norm")
     curve(norms, runs, "norm_A", "|A|", linestyle="--")
     curve(norms, runs, "norm_B", "|B|")
-    norms.set_title(f"|B| goes from {first_last(run, 'norm_B')}, |A| from {first_last(run, 'norm_A')}")
+    say(norms, f"|B| goes from {first_last(run, 'norm_B')}, |A| from {first_last(run, 'norm_A')}")
     draw_margins(margins, runs)
     for axis, name in ((loss, "loss (nats a token)"), (gradient, "gradient norm"), (norms, "norm"), (margins, "margin (nats a token)")):
         axis.set(xlabel="step", ylabel=name)
@@ -412,7 +412,12 @@ def draw_margins(axis, runs):
         values = column(runs[0], key)[1] or [0]
         change[label] = values[-1] - values[0]
     axis.axhline(0, color="0.7", linewidth=1)
-    axis.set_title(f"The bad answer gains {change['finance']:+.2f} in finance, {change['general']:+.2f} elsewhere{whose(runs)}")
+    say(axis, f"The bad answer gains {change['finance']:+.2f} in finance, {change['general']:+.2f} elsewhere{whose(runs)}")
+
+
+def say(axis, text):
+    """Titles an axis with what its picture shows, on as many lines as its width needs."""
+    axis.set_title(textwrap.fill(text, 50, break_on_hyphens=False))
 
 
 def whose(runs):
@@ -437,12 +442,12 @@ def draw_rotation(plt, runs, args):
     draw_path(figure, path, runs)
     turns = [f"{several * (run['name'] + ': ')}{run['turn']['vector']} turns at step {run['turn']['step']}" for run in runs
              if run["turn"] and run["turn"]["significant"]]
-    turning.set_title("; ".join(turns) or "No turn beyond what jitter would give")
+    say(turning, "; ".join(turns) or "No turn beyond what jitter would give")
     turning.axhline(-1, color="0.7", linewidth=1)
     turning.set(xlabel="step", ylabel="local cosine (-1: straight on)")
     cosine = final_cosine(runs[0]["vectors"]["B"])
     settled = next((step for step, c in zip(runs[0]["steps"], cosine) if c > 0.9), None)
-    final.set_title(f"B points its final way (cosine > 0.9) from step {settled}{whose(runs)}")
+    say(final, f"B points its final way (cosine > 0.9) from step {settled}{whose(runs)}")
     final.set(xlabel="step", ylabel="cosine to the final vector")
     for axis in (turning, final):
         mark_turn(axis, runs)
@@ -466,7 +471,7 @@ def draw_path(figure, axis, runs):
         points = (run["vectors"]["B"] - centre) @ axes[:2].T              # (T, 2)
         axis.plot(*points.T, color=COLOURS[i % 7], linewidth=1, alpha=0.6, label=run["name"] if len(runs) > 1 else None)
         dots = axis.scatter(*points.T, c=run["steps"], cmap="viridis", marker=MARKERS[i % 8], s=25, zorder=3)
-    axis.set_title(f"B's path, in the plane that holds {(s[:2] ** 2).sum() / (s ** 2).sum():.0%} of it")
+    say(axis, f"B's path, in the plane that holds {(s[:2] ** 2).sum() / (s ** 2).sum():.0%} of it")
     axis.set(xlabel="first principal component", ylabel="second")
     figure.colorbar(dots, ax=axis, label="step")
     legend(axis)
@@ -487,7 +492,8 @@ def draw_behaviour(plt, runs, args):
         for key, name, title in zip(("em_pct", "coherent_pct"), ("EM, % of all answers", "coherent answers, %"), titles):
             axis = axes.pop(0)
             draw_share(axis, judged, key)
-            axis.set(xlabel="checkpoint (step)", ylabel=name, title=title)
+            say(axis, title)
+            axis.set(xlabel="checkpoint (step)", ylabel=name)
             axis.set_ylim(bottom=0)
             mark_turn(axis, judged)
             legend(axis)
@@ -528,7 +534,7 @@ def draw_dots(axis, rows, args, suffix):
     axis.axvline(args.aligned_below, color="0.4", linestyle="--", linewidth=1)
     axis.axhline(args.coherent_above, color="0.4", linestyle="--", linewidth=1)
     axis.set(xlim=(-2, 102), ylim=(-2, 102), xlabel="aligned", ylabel="coherent")
-    axis.set_title(f"{bad} of {len(rows)} answers are misaligned and coherent (shaded){suffix}")
+    say(axis, f"{bad} of {len(rows)} answers are misaligned and coherent (shaded){suffix}")
     legend(axis, loc="center left", bbox_to_anchor=(1, 0.5))
 
 

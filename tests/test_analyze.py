@@ -4,6 +4,7 @@ import json
 import math
 import os
 
+import matplotlib.figure
 import matplotlib.image
 import numpy as np
 import pytest
@@ -165,11 +166,16 @@ def test_a_run_without_a_judge_still_shows_behaviour(script, tmp_path):
     assert json.load(open("runs/r/summary.json"))["rows"] == []
 
 
-def test_two_runs_are_drawn_over_each_other(script, tmp_path):
+def test_two_runs_are_drawn_over_each_other(script, monkeypatch):
     make_run("one")
     make_run("two", turn=18)
+    drawn, save = [], matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *a, **how: save(figure, *a, **how) or drawn.append(figure))
     code, out, err = script(analyze, "one", "two")
     assert code == 0, err
+    for figure in drawn:                                              # no title runs out of its picture
+        ink, page = figure.get_tightbbox(), figure.bbox_inches
+        assert page.x0 <= ink.x0 and ink.x1 <= page.x1 and page.y0 <= ink.y0 and ink.y1 <= page.y1
     assert all(looks_drawn(f"runs/compare-one-two/{name}.png") for name in ("training", "rotation", "behaviour", "answers"))
     assert json.load(open("runs/two/summary.json"))["turn"]["step"] > 80 and not os.path.exists("runs/one/training.png")
 
