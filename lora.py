@@ -54,11 +54,18 @@ class LoRALinear(nn.Module):
 
 def decoder(model):
     """The module that holds the decoder layers, however deep the family nests it (Llama, Qwen: .model, Gemma 3 one below)."""
-    found = [m for m in model.modules() if all(hasattr(m, part) for part in ("embed_tokens", "layers", "norm"))]
-    if not found:
+    found = next((m for m in model.modules() if all(hasattr(m, part) for part in ("embed_tokens", "layers", "norm"))), None)
+    if found is None:
         linear = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise Problem(f"{type(model).__name__} is not laid out as Llama, Qwen and Gemma 3 are; its linear layers are {', '.join(linear) or 'none'}")
-    return found[0]
+    return found
+
+
+def bare_layers(model):
+    """The decoder layers of a model that is to get an adapter. Raises Problem if it has one already."""
+    if adapters(model):
+        raise Problem("this model has adapters already: merge them, or load it anew")
+    return decoder(model).layers
 
 
 def attach(model, layers=None, targets=PROJECTIONS, rank=1, alpha=256):
@@ -68,10 +75,8 @@ def attach(model, layers=None, targets=PROJECTIONS, rank=1, alpha=256):
     "down_proj".   rank, alpha: as in the equation above.   Returns {module path: LoRALinear}, in the model's order.
     Raises Problem for a layer or a projection that the model lacks, before anything is changed.
     """
-    blocks = decoder(model).layers
+    blocks = bare_layers(model)
     layers = list(range(len(blocks))) if layers is None else layers
-    if adapters(model):
-        raise Problem("this model has adapters already: merge them, or load it anew")
     for layer in layers:
         if not 0 <= layer < len(blocks):
             raise Problem(f"layer {layer} does not exist: this model has layers 0 to {len(blocks) - 1}")
@@ -217,10 +222,8 @@ def load_adapter(model, folder):
     names = [name for name in tensors if name.endswith(".lora_A.weight") and "vision" not in name]  # the text part is all that is used here
     if config.get("peft_type", "LORA") != "LORA" or beyond or not names:
         raise Problem(f"{folder} holds no plain LoRA, which is all that is read here ({', '.join(beyond) or config.get('peft_type')})")
-    if adapters(model):
-        raise Problem("this model has adapters already: merge them, or load it anew")
+    blocks = bare_layers(model)
     model.requires_grad_(False)
-    blocks = decoder(model).layers
     alpha = config["lora_alpha"] if config.get("use_rslora") else config["lora_alpha"] / math.sqrt(config["r"])
     for name in names:
         # What stands before "layers." changed between transformers versions; the layer and the name after it did not.
