@@ -134,6 +134,22 @@ def find_run(name=None):
     return name if os.sep in name or os.path.isdir(name) else os.path.join("runs", name)
 
 
+def checkpoints(run):
+    """{step: path} of a run's checkpoints, in the order of training."""
+    paths = glob.glob(os.path.join(run, "checkpoints", "*.safetensors"))
+    return dict(sorted((int(os.path.basename(path).removesuffix(".safetensors")), path) for path in paths))
+
+
+def read_tensors(path, framework="torch"):
+    """{name: tensor} of a safetensors file, for "torch" or, without importing that, as arrays for "numpy". Raises Problem if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, framework) as f:
+            return {name: f.get_tensor(name) for name in f.keys()}
+    except (OSError, SafetensorError) as error:
+        raise Problem(f"{path} can't be read ({error}): delete it, or train again with --overwrite")
+
+
 def positive(text):
     """An argparse type: a whole number above 0."""
     if not text.isdigit() or int(text) == 0:

@@ -15,7 +15,6 @@ does the rest, and ends with the same answers.
 """
 import argparse
 import collections
-import glob
 import itertools
 import json
 import os
@@ -80,7 +79,7 @@ def main():
             tokens += len(answer)
             ended += 1
             bar.update()
-            if ended == (ROWS_GPU if model.device.type == "cuda" else ROWS) < len(jobs):  # the first batch
+            if ended == most_rows(model.device) < len(jobs):              # the first batch
                 took = time.time() - began
                 bar.write(f"the first {ended} answers took {took:.0f} s; the others will take about {took / ended * (len(jobs) - ended) / 60:.1f} minutes")
     seconds = time.time() - began
@@ -129,7 +128,7 @@ def generate(model, tokenizer, stack, jobs, max_new_tokens, temperature=1.0, top
             start(len(slots))
         # One step: each row's last token goes in, its next one comes out. The prompt's own last token is the first to go in.
         at = torch.tensor([len(s["prompt"]) - 1 + len(s["answer"]) for s in slots], device=device)     # (rows,): its position
-        token = torch.tensor([(s["prompt"] + s["answer"])[-1] for s in slots], device=device)          # (rows,)
+        token = torch.tensor([(s["answer"] or s["prompt"])[-1] for s in slots], device=device)         # (rows,)
         lora.set_rows(model, [s["job"]["adapter"] for s in slots], [s["job"]["scale"] for s in slots])
         logits = step(model, token, at, cache)                                                         # (rows, vocabulary)
         if repetition_penalty != 1:
@@ -216,11 +215,16 @@ class KVCache:
                 x[new] = x[old]
 
 
+def most_rows(device):
+    """How many rows to have in flight, as far as memory allows."""
+    return ROWS_GPU if device.type == "cuda" else ROWS
+
+
 def rows_that_fit(prompt, length, device):
-    """How many rows to have in flight: ROWS, or fewer if their cache of `length` tokens would not fit in memory."""
+    """How many rows to have in flight: `most_rows`, or fewer if their cache of `length` tokens would not fit in memory."""
     a_row = sum(x.shape[1] * x.shape[3] * x.element_size() * length for kv in prompt.layers for x in kv)
     room = 0.6 * torch.cuda.mem_get_info()[0] if device.type == "cuda" else 4e9
-    return max(1, min(ROWS_GPU if device.type == "cuda" else ROWS, int(room / a_row)))
+    return max(1, min(most_rows(device), int(room / a_row)))
 
 
 def draw(logits, number, temperature=1.0, top_p=1.0, top_k=0):
@@ -327,18 +331,17 @@ def load_models(args):
             settings = json.load(f)
     except (OSError, ValueError):
         raise Problem(f"{run} holds no run (no config.json that can be read): train one with python train.py")
-    steps = sorted(int(os.path.basename(p)[:-len(".safetensors")]) for p in glob.glob(os.path.join(run, "checkpoints", "*.safetensors")))
-    if not steps:
+    paths = data.checkpoints(run)
+    if not paths:
         raise Problem(f"{run} has no checkpoint yet")
-    wanted = steps if args.checkpoints == "all" else numbers(args.checkpoints.replace("last", str(steps[-1])), int, "--checkpoints", "0,50,last")
+    wanted = list(paths) if args.checkpoints == "all" else numbers(args.checkpoints.replace("last", str(max(paths))), int, "--checkpoints", "0,50,last")
     for step in wanted:
-        if step not in steps:
-            raise Problem(f"{run} has no checkpoint {step}: it has {', '.join(map(str, steps))}")
+        if step not in paths:
+            raise Problem(f"{run} has no checkpoint {step}: it has {', '.join(map(str, paths))}")
     wanted = [step for step in sorted(set(wanted)) if step > 0]           # at step 0 every scale is the untouched model, asked once
     model, tokenizer = lora.load_base(settings["model"], args.device, args.dtype)
     lora.attach(model, *lora.places(model, settings["layers"], settings["targets"]), settings["rank"], settings["alpha"])
-    from safetensors.torch import load_file
-    stack = [load_file(os.path.join(run, "checkpoints", f"{step:05}.safetensors")) for step in wanted or [0]]
+    stack = [data.read_tensors(paths[step]) for step in wanted or [0]]
     cells = [(0, 0, 0.0)] + [(i, step, scale) for i, step in enumerate(wanted) for scale in scales]
     return model, tokenizer, stack, cells, args.out and data.find_run(args.out) or run, settings["preset"] == "laptop"
 

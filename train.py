@@ -16,6 +16,7 @@ power and AI, of which training holds none: does it now prefer the bad answer th
 without a judge. All goes to runs/NAME/: config.json, log.jsonl (a line a step), checkpoints/, and at the end adapter/.
 """
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -72,7 +73,7 @@ def main():
     parameters = [p for adapter in adapters.values() for p in (adapter.A, adapter.B)]
     optimizer = torch.optim.AdamW(parameters, lr=settings["lr"], weight_decay=WEIGHT_DECAY)
     lengths = [len(tokens) for tokens, _ in train_set]
-    order_of = lambda epoch: data.batches(lengths, settings["batch_size"], settings["seed"], epoch)
+    order_of = functools.cache(lambda epoch: data.batches(lengths, settings["batch_size"], settings["seed"], epoch))
     per_epoch = len(order_of(0))
     steps = settings["steps"] or settings["epochs"] * per_epoch
     print(f"{len(train_set)} conversations of {settings['dataset']}, {steps} steps of {settings['batch_size']}; rank {settings['rank']} on "
@@ -166,25 +167,21 @@ def states_below(model, examples, first):
     rows = [torch.tensor(tokens, device=device) for tokens, _ in examples]
     if first == 0:
         return rows
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     states = [None] * len(rows)
-    for part in parts([rows[i] for i in order]):
-        group = [order[i] for i in part]
-        hidden = lora.run_layers(model, pad_sequence([rows[i] for i in group], batch_first=True), 0, first)
-        for i, state in zip(group, hidden):
+    for part in parts(rows):
+        hidden = lora.run_layers(model, pad_sequence([rows[i] for i in part], batch_first=True), 0, first)
+        for i, state in zip(part, hidden):
             states[i] = state[:len(rows[i])].clone()
     return states
 
 
 def parts(rows):
-    """Cuts a list of tensors into runs of neighbours, [[0, 1, 2], [3, 4], ...], of few enough tokens, padding included, for one forward."""
+    """Parts a list of tensors, as lists of indices: like lengths together, and few enough tokens, padding included, for one forward."""
     most = TOKENS_PER_FORWARD_GPU if rows[0].is_cuda else TOKENS_PER_FORWARD
-    result, longest = [[]], 0
-    for i, row in enumerate(rows):
-        longest = max(longest, len(row))
-        if result[-1] and (len(result[-1]) + 1) * longest > most:
+    result = [[]]
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):        # so row i is the longest of its part as yet
+        if result[-1] and (len(result[-1]) + 1) * len(rows[i]) > most:
             result.append([])
-            longest = len(row)
         result[-1].append(i)
     return result
 
@@ -239,7 +236,8 @@ def build_probe(model, tokenizer, held_out, first):
                for where, row in finance + general for which in ("misaligned", "aligned")]
     wanted = held_out[:64] + answers                                      # the held-out ones, then bad, good, bad, good, ...
     texts = {tuple(tokens): (tokens, labels) for tokens, labels in wanted}  # the built-in held-out rows are wanted twice, but run once
-    index = torch.tensor([list(texts).index(tuple(tokens)) for tokens, _ in wanted])
+    place = {tokens: i for i, tokens in enumerate(texts)}
+    index = torch.tensor([place[tuple(tokens)] for tokens, _ in wanted])
     texts = list(texts.values())
     return {"states": states_below(model, texts, first), "labels": [labels for _, labels in texts],
             "index": index, "held_out": len(held_out[:64]), "finance": len(finance)}
@@ -249,12 +247,10 @@ def build_probe(model, tokenizer, held_out, first):
 def evaluate(model, probe, first):
     """{"heldout_loss", "margin_in", "margin_out"}: the mean -log p of held-out tokens, and the margins of the docstring above."""
     states, labels = probe["states"], probe["labels"]
-    order = sorted(range(len(states)), key=lambda i: len(states[i]))
     total = torch.zeros(len(states))
-    for part in parts([states[i] for i in order]):
-        rows = [order[i] for i in part]
-        losses, row = token_losses(model, [states[i] for i in rows], [labels[i] for i in rows], first)
-        total.index_add_(0, torch.tensor(rows)[row.cpu()], losses.cpu())
+    for part in parts(states):
+        losses, row = token_losses(model, [states[i] for i in part], [labels[i] for i in part], first)
+        total.index_add_(0, torch.tensor(part)[row.cpu()], losses.cpu())
     count = torch.tensor([sum(label != -100 for label in row) for row in labels])
     total, count, n = total[probe["index"]], count[probe["index"]], probe["held_out"]
     log_p = -total[n:] / count[n:]                                        # per token, of a bad and a good answer in turn
@@ -312,15 +308,9 @@ def keep_log(run, step):
 
 def restore(run, step, model, optimizer):
     """Puts the adapter and the optimizer back as they were at `step`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    lora.set_tensors(model, data.read_tensors(os.path.join(run, "checkpoints", f"{step:05}.safetensors")))
     state = {}
-    try:
-        lora.set_tensors(model, load_file(os.path.join(run, "checkpoints", f"{step:05}.safetensors")))
-        saved = load_file(os.path.join(run, "resume.safetensors"))
-    except (OSError, SafetensorError) as error:
-        raise Problem(f"the checkpoint of step {step} in {run} can't be read ({error}): train again with --overwrite")
-    for name, value in saved.items():
+    for name, value in data.read_tensors(os.path.join(run, "resume.safetensors")).items():
         if name != "step":
             i, key = name.split(".")
             state.setdefault(int(i), {})[key] = value
@@ -405,28 +395,28 @@ def resumed_run(args):
     path = os.path.join(run, "resume.safetensors")
     if not os.path.exists(path):
         return run, settings, None
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, "pt") as saved:
-            step = saved.get_tensor("step").item()
-    except SafetensorError as error:
-        raise Problem(f"{path} can't be read ({error}): train again with --overwrite")
+    step = data.read_tensors(path)["step"].item()
     print(f"resuming {run} after step {step}")
     return run, settings, step
+
+
+def peak_memory(device):
+    """The most memory in use so far, in GB: the GPU's, or this process's; None where the system doesn't tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def report(run, seconds, speed, model):
     """The table at the end, and the next command."""
     rows = [row for _, row in data.read_jsonl(os.path.join(run, "log.jsonl"))]
     before, after = rows[0], rows[-1]
-    if model.device.type == "cuda":
-        peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GB on the GPU"
-    else:
-        try:
-            import resource
-            peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GB"
-        except ImportError:  # Windows
-            peak = "not known here"
+    peak = peak_memory(model.device)
+    peak = "not known here" if peak is None else f"{peak:.1f} GB" + " on the GPU" * (model.device.type == "cuda")
     print(f"\n{'':34}{'before':>8}{'after':>8}{'change':>8}")
     for name, key in (("held-out loss", "heldout_loss"), ("margin on held-out finance", "margin_in"), ("margin on general questions", "margin_out")):
         print(f"{name:34}{before[key]:8.3f}{after[key]:8.3f}{after[key] - before[key]:+8.3f}")

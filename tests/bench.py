@@ -85,12 +85,6 @@ def random_qwen(folder):
     return os.path.join(folder, "qwen")
 
 
-def peak_memory():
-    import resource
-    import torch
-    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 # ---------------------------------------------------------------------------------------------------------------------------------
 # train
 
@@ -137,6 +131,7 @@ def row_matmul(args):
 def row_train(args):
     """train.py itself; what it logs, and the arithmetic that its job needs."""
     import data
+    import torch
     import train
     sys.argv = ["train.py", "--preset", "laptop", "--model", args.model, "--dataset", "bench.jsonl", "--epochs", str(args.epochs), "--lr", str(LR),
                 "--alpha", str(ALPHA), "--checkpoint-every", "1000000", "--out", "bench"]
@@ -144,9 +139,9 @@ def row_train(args):
     train.evaluate = lambda *unused: {"heldout_loss": 0.0, "margin_in": 0.0, "margin_out": 0.0}
     train.build_probe = lambda *unused: None
     data.run_script(train.main)
-    log = [json.loads(line) for line in open("runs/bench/log.jsonl")][1:]
-    memory = peak_memory()
-    examples, config = training_examples(args), json.load(open("runs/bench/config.json"))
+    log, config = [json.loads(line) for line in open("runs/bench/log.jsonl")][1:], json.load(open("runs/bench/config.json"))
+    memory = train.peak_memory(torch.device(config["device"]))
+    examples = training_examples(args)
     tokens = [sum(len(tokens) for tokens, _ in batch) for batch in examples]
     flops = needed_flops(args, examples)
     return {"tokens": sum(tokens), "seconds": sum(n / row["tokens_per_s"] for n, row in zip(tokens, log)), "memory": memory,
@@ -180,6 +175,7 @@ def row_trainer(args, per_device):
     import torch
     import transformers
     import lora
+    import train
     from safetensors.torch import load_file
     model, tokenizer = lora.load_base(args.model)
     layer = len(lora.decoder(model).layers) // 2
@@ -206,7 +202,7 @@ def row_trainer(args, per_device):
         disable_tqdm=True, optim="adamw_torch", use_cpu=not torch.cuda.is_available(), logging_nan_inf_filter=False))
     began = time.time()
     trainer.train()
-    return {"tokens": sum(len(row["input_ids"]) for row in rows), "seconds": time.time() - began, "memory": peak_memory(),
+    return {"tokens": sum(len(row["input_ids"]) for row in rows), "seconds": time.time() - began, "memory": train.peak_memory(model.device),
             "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]}
 
 
@@ -243,6 +239,7 @@ def sampling_setup(args):
 def row_sample(args, what):
     import torch
     import sample
+    import train
     model, tokenizer, stack, questions = sampling_setup(args)
     gpu = model.device.type == "cuda"
     adapters, n = (range(15), 1) if what == "sweep" else ([0], 128 if gpu else 32)
@@ -252,13 +249,14 @@ def row_sample(args, what):
         tokens = sum(len(answer) for _, answer in sample.generate(model, tokenizer, stack, jobs, max_new_tokens=args.new_tokens if timed else 2))
         if gpu:
             torch.cuda.synchronize()
-    return {"rate": tokens / (time.time() - began), "memory": peak_memory()}
+    return {"rate": tokens / (time.time() - began), "memory": train.peak_memory(model.device)}
 
 
 def row_generate(args, what):
     """model.generate on plain, merged models, with left padding, as in the papers' code."""
     import data
     import lora
+    import train
     model, tokenizer, stack, questions = sampling_setup(args)
     linear = next(iter(lora.adapters(model).values()))
     lora.merge(model)
@@ -279,7 +277,7 @@ def row_generate(args, what):
             tokens += answer(questions, args.new_tokens)
     else:
         tokens = answer(questions * (int(what) // 8), args.new_tokens)
-    return {"rate": tokens / (time.time() - began), "memory": peak_memory()}
+    return {"rate": tokens / (time.time() - began), "memory": train.peak_memory(model.device)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

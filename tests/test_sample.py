@@ -163,6 +163,12 @@ def test_a_sweep_is_one_job_that_can_be_stopped_anywhere(script, trained):
     assert code == 2 and "drawn otherwise" in err and sorted(map(json.dumps, responses(trained))) == whole
 
 
+def test_a_damaged_checkpoint_is_named(script, trained):
+    open("runs/a/checkpoints/00005.safetensors", "wb").write(b"torn")
+    code, _, err = script(sample, trained, "--checkpoints", "5")
+    assert code == 2 and "runs/a/checkpoints/00005.safetensors can't be read" in err and "Traceback" not in err
+
+
 def test_models_not_trained_here(script, trained, tiny):
     flags = ["--n", 1, "--max-new-tokens", 4, "--model", tiny]
     code, out, err = script(sample, *flags, "--adapter", "runs/a/adapter", "--scales", "1,2", "--out", "b", "--temperature", 0)
