@@ -434,7 +434,8 @@ def draw_rotation(plt, runs, args):
         for j, (k, rows) in enumerate(ks[len(ks) // 2:][:1] if several else ks):         # of several runs, only the middle k
             n = i if several else j
             for x, style in (("B", "-"), ("A", ":")):
-                turning.plot(steps, local_cosine(v[x], rows), style, color=COLOURS[n % 7], marker=MARKERS[n % 8], markersize=4, label=f"{x}, k = {k}{name}")
+                turning.plot(steps, local_cosine(v[x], rows), style, color=COLOURS[n % 7], marker=MARKERS[n % 8], markersize=4,
+                             label=f"{x}, k = {k}{name}")
         for x, style in (("B", "-"), ("A", ":")):
             final.plot(steps, final_cosine(v[x]), style, color=COLOURS[i % 7], label=x + name)
     draw_path(figure, path, runs)

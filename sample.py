@@ -334,7 +334,8 @@ def load_models(args):
     paths = data.checkpoints(run)
     if not paths:
         raise Problem(f"{run} has no checkpoint yet")
-    wanted = list(paths) if args.checkpoints == "all" else numbers(args.checkpoints.replace("last", str(max(paths))), int, "--checkpoints", "0,50,last")
+    named = args.checkpoints.replace("last", str(max(paths)))
+    wanted = list(paths) if named == "all" else numbers(named, int, "--checkpoints", "0,50,last")
     for step in wanted:
         if step not in paths:
             raise Problem(f"{run} has no checkpoint {step}: it has {', '.join(map(str, paths))}")
