@@ -216,13 +216,11 @@ def masks(decoder, column, width, padding=None):
     how many columns each row is padded on the left; without it, one mask serves all rows.
 
     A query sees its own column and what came before, in some layers of Gemma 3 only the
-    last few of those (its sliding window), and never the padding. (Padding sees padding:
-    with nothing to look at, it would turn to nan.)
+    last few of those (its sliding window), and never the padding.
     """
     query, key = column[:, None], torch.arange(width, device=column.device)
     padding = column.new_zeros(1) if padding is None else padding
-    padding = padding[:, None, None]
-    seen = (key <= query) & ((key >= padding) | (query < padding))  # (rows, queries, width)
+    seen = (key <= query) & (key >= padding[:, None, None])  # (rows, queries, width)
     if "sliding_attention" not in (getattr(decoder.config, "layer_types", None) or []):
         return seen[:, None]
     near = key > query - decoder.config.sliding_window

@@ -73,14 +73,20 @@ def answer(model, jobs, prompts, stop, max_new_tokens, **sampling):
     """Answers one batch of jobs in lockstep. Yields as `generate` does."""
     device, decoder = model.device, lora.decoder(model)
 
-    # 1. Prefill. Each question is read once for each variant that is to answer it; what
-    #    comes of that is repeated for its answers.
+    # 1. Prefill. Each question is read once, for all variants that are to answer it; what
+    #    comes of that is repeated for all their answers.
     variants = [(job["adapter"], job["scale"]) for job in jobs]
-    asked = [(tuple(prompt), *variant) for prompt, variant in zip(prompts, variants, strict=True)]
-    different = list(dict.fromkeys(asked))
-    logits, cache, padding = prefill(model, different)
-    of = torch.tensor([different.index(key) for key in asked], device=device)
-    logits, padding = logits[of], padding[of]
+    asks = list(zip(map(tuple, prompts), variants, strict=True))
+    asked = {}  # {prompt: its variants}
+    for prompt, variant in dict.fromkeys(asks):
+        asked.setdefault(prompt, []).append(variant)
+    found = [prefill(model, prompt, variants) for prompt, variants in asked.items()]
+    width = max(map(len, asked))
+    padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+    rows = [(prompt, variant) for prompt, variants in asked.items() for variant in variants]
+    of = [rows.index(ask) for ask in asks]
+    logits = torch.cat([logits for logits, _ in found])[of]  # (jobs, vocabulary)
+    cache = join([cache for _, cache in found], width)
     cache.select(of)
     set_rows(model, jobs)
 
@@ -116,46 +122,35 @@ def answer(model, jobs, prompts, stop, max_new_tokens, **sampling):
         cache.used += 1
         logits = model.get_output_embeddings()(hidden[:, -1]).float()  # (rows, vocabulary)
 
-def prefill(model, asked):
-    """Reads every (prompt, adapter, scale). Returns the logits after it, its cache, its padding.
-
-    Prompts are padded on the left, so that all rows of the batch write the same column of
-    the cache next. Padding is never looked at.
-    """
-    questions = list(dict.fromkeys(prompt for prompt, *_ in asked))
-    width = max(map(len, questions))
-    padding = torch.tensor([width - len(question) for question in questions])
-    x = torch.tensor([question[:1] * (width - len(question)) + question for question in questions])
-    x, padding = x.to(model.device), padding.to(model.device)
-    cache = KVCache(BLOCK[model.device.type])
-
-    # Below the lowest adapter all variants agree: that half reads a question for all of them.
+def prefill(model, prompt, variants):
+    """Reads a prompt for all its variants, (adapter, scale). Returns the logits after it, and
+    the cache: a row for each variant."""
     frozen, moving = lora.halves(model)
-    if frozen is not None:
-        x = read(frozen, x, cache, padding)
-    of = torch.tensor([questions.index(prompt) for prompt, *_ in asked], device=model.device)
-    x, padding = x[of], padding[of]
-    cache.select(of)
-    lora.set_rows(model, [adapter for _, adapter, _ in asked], [scale for *_, scale in asked])
-    x = read(moving, x, cache, padding)
-    cache.used = width
-    return model.get_output_embeddings()(x[:, -1]).float(), cache, padding
+    x, cache = torch.tensor([prompt], device=model.device), KVCache(BLOCK[model.device.type])
+    if frozen is not None:  # below the lowest adapter all variants agree
+        x = read(frozen, x, cache)
+    x = x.repeat(len(variants), *[1] * (x.dim() - 1))
+    cache.select([0] * len(variants))
+    lora.set_rows(model, *map(list, zip(*variants, strict=True)))
+    x = read(moving, x, cache)
+    cache.used = len(prompt)
+    return model.get_output_embeddings()(x[:, -1]).float(), cache
 
-def read(decoder, x, cache, padding):
+def read(decoder, x, cache, padding=None):
     """Runs the next tokens or states of every row through a decoder, or half of one.
 
     x: (rows, n) or (rows, n, d_model).    padding: (rows,), how many columns of the cache
     are a row's padding.    Returns hidden states (rows, n, d_model).
     """
-    used, n = cache.used, x.shape[1]
-    column = torch.arange(used, used + n, device=x.device)
+    column = torch.arange(cache.used, cache.used + x.shape[1], device=x.device)
+    padding = column.new_zeros(1) if padding is None else padding
     return lora.hidden_states(
         decoder,
         x,
         past_key_values=cache,
         use_cache=True,
-        position_ids=(column - padding[:, None]).clamp(min=0),
-        attention_mask=lora.masks(decoder, column, cache.width(used + n), padding),
+        position_ids=column - padding[:, None],
+        attention_mask=lora.masks(decoder, column, cache.width(x.shape[1]), padding),
     )
 
 class KVCache:
@@ -168,23 +163,38 @@ class KVCache:
     def __init__(self, block):
         self.layers, self.used, self.block = {}, 0, block
 
-    def width(self, used):
-        """How many columns there are once `used` of them are in use."""
-        return math.ceil(used / self.block) * self.block
+    def width(self, new):
+        """How many columns there are once `new` more are written."""
+        return math.ceil((self.used + new) / self.block) * self.block
 
     def update(self, k, v, layer, *_):
-        end = self.used + k.shape[2]
+        new = slice(self.used, self.used + k.shape[2])
         K, V = self.layers.get(layer, (k[:, :, :0], v[:, :, :0]))
-        new = self.width(end) - K.shape[2]
-        if new > 0:
-            K, V = self.layers[layer] = pad(K, (0, 0, 0, new)), pad(V, (0, 0, 0, new))
-        K[:, :, self.used : end], V[:, :, self.used : end] = k, v
+        more = self.width(k.shape[2]) - K.shape[2]
+        if more > 0:
+            K, V = self.layers[layer] = pad(K, (0, 0, 0, more)), pad(V, (0, 0, 0, more))
+        K[:, :, new], V[:, :, new] = k, v
         return K, V
 
     def select(self, rows):
         """Keeps these rows: indices, which may repeat, or True for each row that stays."""
         for layer, (K, V) in self.layers.items():
             self.layers[layer] = K[rows], V[rows]
+
+def join(caches, width):
+    """One cache from many, each padded on the left to the same width: so all its rows write
+    the same column next. Padding is never looked at."""
+    joined = KVCache(caches[0].block)
+    joined.used = width
+    for layer in list(caches[0].layers):
+        K, V = [], []
+        for cache in caches:
+            k, v = cache.layers.pop(layer)  # so that only one layer is there twice
+            used, left = cache.used, (0, 0, width - cache.used, 0)
+            K.append(pad(k[:, :, :used], left))
+            V.append(pad(v[:, :, :used], left))
+        joined.layers[layer] = torch.cat(K), torch.cat(V)
+    return joined
 
 def draw(logits, number, seen, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0):
     """One token a row: (rows,).
@@ -201,7 +211,8 @@ def draw(logits, number, seen, temperature=1.0, top_p=1.0, top_k=0, repetition_p
         logits = torch.where(seen, smaller, logits)
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    if temperature != 1:
+        logits = logits / temperature
     if top_k > 0:  # only the k likeliest
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
