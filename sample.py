@@ -71,33 +71,20 @@ def generate(model, tokenizer, stack, jobs, max_new_tokens, rows=None, **samplin
 
 def answer(model, jobs, prompts, stop, max_new_tokens, **sampling):
     """Answers one batch of jobs in lockstep. Yields as `generate` does."""
-    device, decoder = model.device, lora.decoder(model)
+    device = model.device
 
-    # 1. Prefill. Each question is read once, for all variants that are to answer it; what
-    #    comes of that is repeated for all their answers.
-    variants = [(job["adapter"], job["scale"]) for job in jobs]
-    asks = list(zip(map(tuple, prompts), variants, strict=True))
-    asked = {}  # {prompt: its variants}
-    for prompt, variant in dict.fromkeys(asks):
-        asked.setdefault(prompt, []).append(variant)
-    found = [prefill(model, prompt, variants) for prompt, variants in asked.items()]
-    width = max(map(len, asked))
-    padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
-    rows = [(prompt, variant) for prompt, variants in asked.items() for variant in variants]
-    of = [rows.index(ask) for ask in asks]
-    logits = torch.cat([logits for logits, _ in found])[of]  # (jobs, vocabulary)
-    cache = join([cache for _, cache in found], width)
-    cache.select(of)
+    # 1. Prefill: the model reads the questions. From here on, a row is a job.
+    logits, cache, padding = prefill(model, jobs, prompts)
     set_rows(model, jobs)
+    seen = torch.zeros_like(logits, dtype=torch.bool)  # (jobs, vocabulary)
+    for row, prompt in enumerate(prompts):
+        seen[row, prompt] = True
 
     # 2. An answer's seed gives the numbers in [0, 1) that will decide its tokens.
     numbers = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
     numbers = [torch.rand(max_new_tokens, generator=generator) for generator in numbers]
     numbers = torch.stack(numbers).to(device)  # (jobs, max_new_tokens)
     tokens = torch.zeros_like(numbers, dtype=torch.long)
-    seen = torch.zeros_like(logits, dtype=torch.bool)  # (jobs, vocabulary)
-    for row, prompt in enumerate(prompts):
-        seen[row, prompt] = True
 
     alive = torch.arange(len(jobs), device=device)  # the job that each row of the batch answers
     for t in range(max_new_tokens):
@@ -106,8 +93,9 @@ def answer(model, jobs, prompts, stop, max_new_tokens, **sampling):
         tokens[alive, t], seen[alive, token] = token, True
 
         # 4. Once in a while, the rows whose answers have ended leave the batch.
-        if (t + 1) % LOOK_EVERY == 0 or t + 1 == max_new_tokens:
-            ended = torch.isin(tokens[alive, : t + 1], stop).any(1) | (t + 1 == max_new_tokens)
+        last = t + 1 == max_new_tokens
+        if last or (t + 1) % LOOK_EVERY == 0:
+            ended = torch.isin(tokens[alive, : t + 1], stop).any(1) | last
             for row in alive[ended].tolist():
                 yield jobs[row], until(stop, tokens[row])
             if ended.all():
@@ -118,13 +106,33 @@ def answer(model, jobs, prompts, stop, max_new_tokens, **sampling):
                 set_rows(model, [jobs[row] for row in alive.tolist()])
 
         # 5. Every row reads its token.
-        hidden = read(decoder, token[:, None], cache, padding[alive])
+        hidden = read(lora.decoder(model), token[:, None], cache, padding[alive])
         cache.used += 1
         logits = model.get_output_embeddings()(hidden[:, -1]).float()  # (rows, vocabulary)
 
-def prefill(model, prompt, variants):
-    """Reads a prompt for all its variants, (adapter, scale). Returns the logits after it, and
-    the cache: a row for each variant."""
+def prefill(model, jobs, prompts):
+    """Reads each question once, for all variants that are to answer it.
+
+    Returns, with a row for each job, the logits after its prompt (jobs, vocabulary), the
+    cache, and by how many columns its prompt is padded on the left (jobs,): so that all
+    rows write the same column next. Padding is never looked at.
+    """
+    variants = [(job["adapter"], job["scale"]) for job in jobs]
+    asks, asked = list(zip(map(tuple, prompts), variants, strict=True)), {}
+    for prompt, variant in dict.fromkeys(asks):
+        asked.setdefault(prompt, []).append(variant)
+    found = [read_question(model, prompt, variants) for prompt, variants in asked.items()]
+    # What was read of an ask is repeated for all jobs that ask it.
+    rows = [(prompt, variant) for prompt, variants in asked.items() for variant in variants]
+    of = [rows.index(ask) for ask in asks]
+    width = max(map(len, prompts))
+    cache = join([cache for _, cache in found], width)
+    cache.select(of)
+    padding = torch.tensor([width - len(prompt) for prompt in prompts], device=model.device)
+    return torch.cat([logits for logits, _ in found])[of], cache, padding
+
+def read_question(model, prompt, variants):
+    """The logits after a prompt, and its cache: a row for each variant, (adapter, scale)."""
     frozen, moving = lora.halves(model)
     x, cache = torch.tensor([prompt], device=model.device), KVCache(BLOCK[model.device.type])
     if frozen is not None:  # below the lowest adapter all variants agree
