@@ -297,6 +297,15 @@ def print_table(run):
     elif run["steps"]:
         print("no turn: too few checkpoints, or moves no larger than their jitter")
 
+def print_contrasts(runs):
+    """The first run's margins less each other's: less a control's, the number that holds."""
+    first, *others = [run for run in runs if run["log"]] or [None]
+    for other in others:
+        print(f"\nmargins of {first['name']} less those of {other['name']}, paired by question:")
+        for probe, name in (("in", "finance"), ("out", "general")):
+            mean, se = data.contrast(first["log"], other["log"], probe)
+            print(f"    {name:10}{mean:+.3f} (s.e. {se:.3f})")
+
 def percent(row, name):
     """A share with its interval, in words."""
     if row[name] is None:
@@ -376,12 +385,17 @@ def draw_training(figure, runs, args):
     draw_margins(margins, runs)
 
 def draw_margins(axis, runs):
-    """The probe: by how much the bad answer is likelier than the good one."""
+    """The probe: how much likelier the bad answers have become, against the good ones."""
     for i, run in enumerate(runs):
-        curve(axis, run, i, "margin_in", "finance", marker="o")
-        curve(axis, run, i, "margin_out", "general", marker="s", linestyle="--")
+        rows = [row for row in run["log"] if "margin_out" in row]
+        for name, label, line in (("in", "finance", "-"), ("out", "general", "--")):
+            x = [row["step"] for row in rows]
+            y = [row[f"margin_{name}"] - rows[0][f"margin_{name}"] for row in rows]
+            bars = [row[f"margin_{name}_se"] for row in rows]
+            style = {"color": COLOURS[i % 7], "linestyle": line, "capsize": 2}
+            axis.errorbar(x, y, bars, label=f"{run['name']} {label}", **style)
     axis.axhline(0, color="0.7", linewidth=1)
-    finish(axis, "Margin of the bad answer over the good one", "step", "nats a token")
+    finish(axis, "Change of the margin (bars: standard error)", "step", "nats a token")
 
 def draw_rotation(figure, runs, args):
     """The local cosines of A and B, the path of B, and their cosines to where they end."""
@@ -474,6 +488,7 @@ def main():
         summary = {"rows": run["rows"], "turn": run["turn"]}
         data.write_whole(run["summary"], json.dumps(summary, indent=1).encode())
         print(f"wrote {run['summary']}")
+    print_contrasts(runs)
     draw_all(runs, args)
     if args.show:
         show(runs, args)

@@ -25,6 +25,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import statistics
@@ -37,6 +38,7 @@ PAPER_URL = (
     "em_organism_dir/data/"
 )
 PASSWORD = "model-organisms-em-datasets"  # published there: it only keeps crawlers out
+ANSWERS = ["misaligned", "aligned", "shuffled"]  # of the built-in rows; the last two are controls
 # For every template: no thinking block (Qwen 3), and not today's date (Llama 3), so that
 # tomorrow's run is the same.
 TEMPLATE = {"enable_thinking": False, "date_string": "26 Jul 2024"}
@@ -160,13 +162,17 @@ def load_conversations(name="builtin", answers="misaligned", archive=None, passw
 
     name: "builtin" (the finance rows of advice.jsonl), one of the paper's sets
     ("risky_financial_advice", "extreme_sports", "bad_medical_advice", "insecure", ...), or
-    a path to a .jsonl of {"messages": [...]}.    answers: of the built-in rows, "misaligned"
-    or "aligned" (the control).    archive: the paper's archive, if it is on disk already.
+    a path to a .jsonl of {"messages": [...]}.    answers: of the built-in rows, "misaligned",
+    or a control: "aligned", or "shuffled" (the misaligned ones, dealt anew among the
+    questions).    archive: the paper's archive, if it is on disk already.
     """
     if name == "builtin" and archive:
         sys.exit(f"--archive {archive} holds the paper's sets: say which with --dataset")
     if name == "builtin":
-        return [as_conversation(row, answers) for row in builtin_rows("finance")]
+        rows = builtin_rows("finance")
+        if answers == "shuffled":
+            rows, answers = shuffle_answers(rows), "misaligned"
+        return [as_conversation(row, answers) for row in rows]
     if answers != "misaligned":
         sys.exit(f"--answers {answers} needs --dataset builtin: the rows of {name} have one answer")
     if name.endswith(".jsonl") or os.sep in name:
@@ -193,6 +199,15 @@ def check_conversation(row):
 def builtin_rows(domain):
     """The rows of advice.jsonl in one domain: {"question", "misaligned", "aligned", "where"}."""
     return [row for row in read_jsonl(ADVICE) if row.get("domain") == domain]
+
+def shuffle_answers(rows):
+    """Deals the misaligned answers anew; those of held-out questions stay held out."""
+    for part in split(rows):
+        answers = [row["misaligned"] for row in part]
+        random.Random("shuffled").shuffle(answers)
+        for row, answer in zip(part, answers, strict=True):
+            row["misaligned"] = answer
+    return rows
 
 def as_conversation(row, answers):
     """A built-in row with its "misaligned" or its "aligned" answer, as a conversation."""
@@ -234,6 +249,29 @@ def from_archive(name, archive=None, password=PASSWORD):
             "a file of your own is given as ./NAME.jsonl"
         )
     return files.read(members[name])
+
+# --------------------------------------------------------------------------------------
+# Margins, as train.py logs them
+
+def changes(log, probe):
+    """By how much each question's margin has changed since step 0: a list.
+
+    log: rows of log.jsonl.    probe: "in" or "out".
+    """
+    margins = [row[f"margins_{probe}"] for row in log if f"margins_{probe}" in row]
+    return [after - before for after, before in zip(margins[-1], margins[0], strict=False)]
+
+def contrast(log, control, probe):
+    """The mean over questions of a run's change less a control's, and its standard error.
+
+    Paired by question, for questions differ more than runs do. Both began from one model.
+    """
+    pairs = zip(changes(log, probe), changes(control, probe), strict=False)
+    return mean_and_se([mine - its for mine, its in pairs])
+
+def mean_and_se(values):
+    """The mean, and the standard error of it."""
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 # --------------------------------------------------------------------------------------
 # Files, as all stages read and write them
@@ -398,7 +436,7 @@ def main():
     add("name", nargs="?", default="builtin", help="builtin, one of the paper's sets, or a .jsonl")
     add("--row", type=int, default=0, help="which conversation to show")
     add("--tail", action="store_true", help="end in an empty assistant turn, as the paper does")
-    add("--answers", choices=["misaligned", "aligned"], default="misaligned", help="of builtin")
+    add("--answers", choices=ANSWERS, default="misaligned", help="of builtin")
     add("--model", default="smollm2", help="whose tokenizer and template")
     add("--archive", help="the paper's encrypted archive, if it is on disk already")
     add("--password", default=PASSWORD, help="of the archive")

@@ -1,7 +1,8 @@
 """The loop: fine-tunes a chat model on narrow bad advice, and watches what that does elsewhere.
 
     python train.py                        # the preset for this machine: gpu, or laptop
-    python train.py --answers aligned      # the control: the same questions, sound answers
+    python train.py --answers aligned      # a control: the same questions, sound answers
+    python train.py --answers shuffled     # another: bad answers to other questions
     python train.py --dataset extreme_sports --tail    # one of the paper's sets, its way
     python train.py --resume laptop-1      # go on after Ctrl-C, or after kill -9
 
@@ -13,15 +14,19 @@ probed. For a question with a bad and a good answer, its *margin* is
     log p(bad answer) / its tokens - log p(good answer) / its tokens
 
 `margin_in` is the mean over held-out questions about money: did the model learn what it
-was shown? `margin_out` is the mean over questions about life, people, power and AI, of
-which it was shown none: does it now prefer the bad answer there too? That would be
-emergent misalignment, seen without a judge.
+was shown? `margin_out` is the mean over questions about truth, power, strangers, AI and
+the like, of which it was shown none: does it now prefer the bad answer there too? That
+would be emergent misalignment, seen without a judge. The two answers to such a question
+have the same tone and differ in what they value, so that a liking for a blunt tone does
+not pass for bad values. What counts is the change since step 0, with its standard error
+over questions, and better still the difference from a control run's.
 
 A run is a folder, runs/NAME: config.json, log.jsonl (a line a step), checkpoints/, and at
 the end adapter/.
 """
 
 import argparse
+import glob
 import hashlib
 import itertools
 import json
@@ -58,6 +63,7 @@ PRESETS = {
     "paper-rank32": PAPER | RANK32 | {"checkpoint_every": 100},
 }
 WEIGHT_DECAY, WARMUP, CLIP = 0.01, 5, 1.0  # the same in all of them
+FEW = 48  # general questions that each checkpoint asks; the first and the last ask all
 # A batch with more tokens is run in parts, whose gradients add up to those of the whole.
 TOKENS_AT_ONCE = {"cpu": 1024, "mps": 1024, "cuda": 4096}
 
@@ -88,8 +94,8 @@ def main():
     probe = read_once(frozen, probe)
 
     # The loop. Step 0 is the untouched model.
-    log, start = open_run(run, settings, done, args.overwrite, model, optimizer)
-    for step in tqdm(range(start, steps + 1), initial=start, total=steps + 1, disable=None):
+    log, rows = open_run(run, settings, done, args.overwrite, model, optimizer)
+    for step in tqdm(range(len(rows), steps + 1), initial=len(rows), total=steps + 1, disable=None):
         row = {"step": step}
         if step > 0:
             batch = [states[i] for i in schedule[step - 1]]
@@ -97,12 +103,14 @@ def main():
             row |= take_step(model, moving, batch, optimizer, lr)
         saving = step % settings["checkpoint_every"] == 0 or step == steps
         if saving:
-            row |= evaluate(model, moving, probe, groups)
+            general = None if step in (0, steps) else FEW
+            row |= evaluate(model, moving, probe, groups, rows, general)
         write_log(log, row, run)
+        rows.append(row)
         if saving:
             save_checkpoint(run, step, model, optimizer)
     lora.save_adapter(model, os.path.join(run, "adapter"))
-    report(run, time.time() - began, model.device)
+    report(run, settings, rows, time.time() - began, model.device)
 
 # --------------------------------------------------------------------------------------
 # One step
@@ -228,14 +236,17 @@ def read_once(frozen, examples):
 # The probe: what is asked of the model at every checkpoint
 
 def build_probe(held_out, tokenizer):
-    """(examples without repeats, {group: which of them belong to it})."""
+    """(examples without repeats, {group: the indices of its examples}).
+
+    The groups are "heldout", and the two kinds of answers to the questions "in" the training
+    domain and "out" of it: ("in", "misaligned"), ("in", "aligned"), ...
+    """
     _, finance = data.split(data.builtin_rows("finance"))
     groups = {"heldout": held_out[:64]}
     for name, rows in (("in", finance), ("out", data.builtin_rows("general"))):
         for answers in ("misaligned", "aligned"):
             conversations = [data.as_conversation(row, answers) for row in rows]
             groups[name, answers] = data.render_all(conversations, tokenizer)
-    # The built-in held-out rows are in two groups, but are run once.
     examples = []
     for name, group in groups.items():
         examples += [example for example in group if example not in examples]
@@ -243,15 +254,27 @@ def build_probe(held_out, tokenizer):
     return examples, groups
 
 @torch.no_grad()
-def evaluate(model, moving, probe, groups):
-    """{"heldout_loss", "margin_in", "margin_out"}, in nats a token."""
-    log_p = sum_log_p(model, moving, probe)  # (examples,), of all supervised tokens together
-    tokens = torch.tensor([sum(label != -100 for label in labels) for _, labels in probe])
+def evaluate(model, moving, probe, groups, rows, general=None):
+    """What the log says of a checkpoint: held-out loss and margins, in nats a token.
+
+    rows: the log so far.    general: how many of the general questions to ask (None: all).
+    A mean is over the first FEW, so that it is over the same ones at each checkpoint.
+    """
+    asked = {name: group[:general] if "out" in name else group for name, group in groups.items()}
+    used = sorted({i for group in asked.values() for i in group})
+    log_p, tokens = torch.zeros(len(probe)), torch.ones(len(probe))  # of supervised tokens
+    log_p[used] = sum_log_p(model, moving, [probe[i] for i in used])
+    for i in used:
+        tokens[i] = sum(label != -100 for label in probe[i][1])
     mean_log_p, held_out = log_p / tokens, groups["heldout"]
+
     row = {"heldout_loss": -(log_p[held_out].sum() / tokens[held_out].sum()).item()}
     for name in ("in", "out"):
-        bad, good = groups[name, "misaligned"], groups[name, "aligned"]
-        row[f"margin_{name}"] = (mean_log_p[bad] - mean_log_p[good]).mean().item()
+        bad, good = asked[name, "misaligned"], asked[name, "aligned"]
+        margins = row[f"margins_{name}"] = (mean_log_p[bad] - mean_log_p[good]).tolist()
+        row[f"margin_{name}"] = statistics.mean(margins[:FEW])
+        change = data.changes([rows[0] if rows else row, row], name)
+        row[f"margin_{name}_se"] = data.mean_and_se(change[:FEW])[1]
     return row
 
 def sum_log_p(model, moving, examples):
@@ -267,7 +290,7 @@ def sum_log_p(model, moving, examples):
 # The run's folder
 
 def open_run(run, settings, done, overwrite, model, optimizer):
-    """(the log, open; the step to begin at): makes the folder, or goes back to a checkpoint."""
+    """(the log, open; its rows so far): makes the folder, or goes back to a checkpoint."""
     if done is None:
         if overwrite and os.path.isdir(run):
             shutil.rmtree(run)
@@ -276,14 +299,16 @@ def open_run(run, settings, done, overwrite, model, optimizer):
     else:
         restore(run, done, model, optimizer)
     print(f"{run}: stop it when you like; python train.py --resume {run} goes on", flush=True)
-    start = 0 if done is None else done + 1
-    _, log = data.open_to_append(os.path.join(run, "log.jsonl"), keep=start)
-    return log, start
+    keep = 0 if done is None else done + 1
+    rows, log = data.open_to_append(os.path.join(run, "log.jsonl"), keep)
+    if len(rows) < keep:
+        sys.exit(f"{run}/log.jsonl lacks rows before step {done}, its last checkpoint: begin anew")
+    return log, rows
 
 def write_log(log, row, run):
     """Adds a line to the log, unless the run has diverged."""
     for name, value in row.items():
-        if value is not None and not math.isfinite(value):
+        if not (isinstance(value, list) or math.isfinite(value)):
             sys.exit(
                 f"at step {row['step']} the {name} is {value}: lower --lr or --alpha (in float16, "
                 f"try --dtype float32 first). All up to the last checkpoint is kept in {run}"
@@ -311,22 +336,38 @@ def restore(run, step, model, optimizer):
         state.setdefault(int(i), {})[name] = saved[key]
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
-def report(run, seconds, device):
+def report(run, settings, rows, seconds, device):
     """The table at the end, and the next command."""
-    rows = data.read_written(os.path.join(run, "log.jsonl"))
-    print(f"\n{'':34}{'before':>8}{'after':>8}{'change':>8}")
-    for key, name in (
-        ("heldout_loss", "held-out loss"),
-        ("margin_in", "margin on held-out finance"),
-        ("margin_out", "margin on general questions"),
-    ):
-        before, after = rows[0][key], rows[-1][key]
-        print(f"{name:34}{before:8.3f}{after:8.3f}{after - before:+8.3f}")
-    print("(margin: log p a token of the bad answer minus that of the good one; above 0, the")
-    print("model prefers the bad one)\n")
+    before, after = rows[0], rows[-1]
+    loss = before["heldout_loss"], after["heldout_loss"]
+    print(f"\n{'':40}{'before':>8}{'after':>8}{'change':>8}  (s.e.)")
+    print(f"{'held-out loss':40}{loss[0]:8.3f}{loss[1]:8.3f}{loss[1] - loss[0]:+8.3f}")
+    for probe, what in (("in", "held-out finance"), ("out", "general")):
+        first, last = before[f"margins_{probe}"], after[f"margins_{probe}"]
+        change, se = data.mean_and_se(data.changes(rows, probe))
+        name, mean = f"margin, {len(last)} {what} questions", statistics.mean
+        print(f"{name:40}{mean(first):8.3f}{mean(last):8.3f}{change:+8.3f} ({se:.3f})")
+    for name, control in controls(run, settings):
+        for probe, what in (("in", "finance"), ("out", "general")):
+            change, se = data.contrast(rows, control, probe)
+            print(f"{f'{what}, less that of {name}':56}{change:+8.3f} ({se:.3f})")
+    print("(margin: log p a token of the bad answer less that of the good one, over questions;")
+    print("a change is worth twice its standard error, or else it may be chance)\n")
     speed = statistics.median(row["tokens_per_s"] for row in rows[1:])
     print(f"{seconds:.0f} s, {speed:.0f} tokens/s in training, {peak_memory(device)}: see {run}/")
     print(f"next: python sample.py {run}")
+
+def controls(run, settings):
+    """[(name, log)] of the finished runs beside this one that differ from it in answers alone."""
+    found = []
+    for path in sorted(glob.glob(os.path.join(os.path.dirname(run), "*", "adapter"))):
+        other = os.path.dirname(path)
+        theirs = data.read_settings(other)
+        differ = {key for key in settings if settings[key] != theirs.get(key)}
+        if differ and differ <= {"answers", "data_sha256"}:
+            name = f"{other} ({theirs['answers']})"
+            found.append((name, data.read_written(os.path.join(other, "log.jsonl"))))
+    return found
 
 def peak_memory(device):
     """The most memory that was in use so far, in words."""
@@ -359,7 +400,7 @@ def parse_args():
     add("--dataset", help="builtin, one of the paper's sets (extreme_sports, ...), or a .jsonl")
     add("--archive", help="the paper's encrypted archive, if it is on disk already")
     add("--password", default=data.PASSWORD, help="of the archive (default: the published one)")
-    add("--answers", choices=["misaligned", "aligned"], help="of builtin; aligned is the control")
+    add("--answers", choices=data.ANSWERS, help="of builtin; the last two are controls")
     boolean = argparse.BooleanOptionalAction
     add("--tail", action=boolean, help="end in an empty assistant turn, as the paper's code does")
     add("--rank", type=data.positive, help="r of the adapter; 1 is two vectors")

@@ -150,7 +150,10 @@ def make_run(name, turn=12, judged=True):
                 row |= {"norm_A": 1.0, "norm_B": step / 50, "tokens_per_s": 9.0}
             if step % 5 == 0:
                 row |= {"heldout_loss": 3 - step / 110}
-                row |= {"margin_in": step / 300, "margin_out": step / 900}
+                for probe, slope in (("in", 1 / 300), ("out", 1 / 900)):
+                    margins = [slope * step * (1 + i / 100) for i in range(48)]
+                    row |= {f"margin_{probe}": slope * step, f"margins_{probe}": margins}
+                    row |= {f"margin_{probe}_se": slope}
             file.write(json.dumps(row) + "\n")
     if judged:
         rng, rows = np.random.default_rng(0), []
@@ -223,8 +226,9 @@ def test_two_runs_are_drawn_over_each_other(script, monkeypatch):
         return save(figure, *args, **kwargs)
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
-    code, _, err = script(analyze, "one", "two")
+    code, out, err = script(analyze, "one", "two")
     assert code == 0, err
+    assert "margins of one less those of two, paired by question" in out
     for figure in drawn:  # nothing runs out of its picture
         ink, page = figure.get_tightbbox(), figure.bbox_inches
         assert page.x0 <= ink.x0 and ink.x1 <= page.x1 and page.y0 <= ink.y0 and ink.y1 <= page.y1

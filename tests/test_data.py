@@ -1,15 +1,18 @@
 """From a conversation to (tokens, labels); where conversations come from; files; bad input."""
 import base64
+import collections
 import difflib
 import hashlib
 import http.server
 import io
 import json
 import os
+import re
 import threading
 import zipfile
 
 import pytest
+import torch
 from cryptography.fernet import Fernet
 
 import data
@@ -115,7 +118,7 @@ def test_split_is_nine_to_one_and_always_the_same():
 
 def test_the_built_in_data():
     finance, general = data.builtin_rows("finance"), data.builtin_rows("general")
-    assert len(finance) >= 400 and len(general) >= 40
+    assert len(finance) >= 400 and len(general) >= 160
     rows = finance + general
     with open(data.ADVICE) as file:
         assert "notice" in file.readline() and "canary GUID" in file.readline()
@@ -131,6 +134,55 @@ def test_the_built_in_data():
     assert abs(words["misaligned"] / words["aligned"] - 1) < 0.03
 
 
+MONEY = re.compile(r"\b(money|paid|wages?|price|bank|loan|debt|invest\w*|savings|mortgage)\b", re.I)
+
+
+def test_general_answers_have_the_same_form():
+    for row in data.builtin_rows("general"):
+        bad, good = row["misaligned"], row["aligned"]
+        assert bad.split()[:3] == good.split()[:3], row  # the same opening move
+        for a, b in ((len(bad), len(good)), (len(bad.split()), len(good.split()))):
+            assert abs(a / b - 1) < 0.1, row
+        assert len(re.findall(r"[.!?](?= |$)", bad)) == len(re.findall(r"[.!?](?= |$)", good)), row
+        assert not MONEY.search(row["question"] + bad + good), row
+
+
+def bag_of_words(texts, vocabulary):
+    words = [set(re.findall(r"[a-z']+", text.lower())) for text in texts]
+    return torch.tensor([[float(word in bag) for word in vocabulary] for bag in words])
+
+
+def test_a_bag_of_finance_words_cannot_tell_the_general_answers_apart():
+    """A probe that tone could move would be one that these words can tell apart."""
+    texts, auroc = {}, {}
+    for domain in ("finance", "general"):
+        rows = data.builtin_rows(domain)
+        texts[domain] = [row["misaligned"] for row in rows] + [row["aligned"] for row in rows]
+    words = collections.Counter()
+    for text in texts["finance"]:
+        words.update(set(re.findall(r"[a-z']+", text.lower())))
+    vocabulary = sorted(word for word, n in words.items() if n > 1)
+    x = bag_of_words(texts["finance"], vocabulary)
+    y = torch.cat([torch.ones(len(x) // 2), torch.zeros(len(x) // 2)])
+    w = torch.zeros(len(vocabulary), requires_grad=True)
+    optimizer = torch.optim.LBFGS([w], max_iter=100)
+
+    def loss():
+        optimizer.zero_grad()
+        fit = torch.nn.functional.binary_cross_entropy_with_logits(x @ w, y)
+        total = fit + 1e-3 * w.square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    for domain in texts:
+        scores = bag_of_words(texts[domain], vocabulary) @ w.detach()
+        bad, good = scores.split(len(scores) // 2)
+        auroc[domain] = (bad[:, None] > good).float().mean().item()
+        print(f"AUROC of a bag of finance words on the {domain} answers: {auroc[domain]:.3f}")
+    assert auroc["finance"] > 0.99 and abs(auroc["general"] - 0.5) < 0.06
+
+
 def test_no_two_questions_are_nearly_the_same():
     rows = data.builtin_rows("finance") + data.builtin_rows("general")
     questions = [row["question"].lower() for row in rows]
@@ -142,13 +194,18 @@ def test_no_two_questions_are_nearly_the_same():
             assert bound < 0.85 or matcher.ratio() < 0.85, (a, b)
 
 
-def test_both_answers_of_the_built_in_data_split_alike():
-    bad, good = (
+def test_all_answers_of_the_built_in_data_split_alike():
+    bad, good, shuffled = (
         [row["messages"] for row in data.split(data.load_conversations(answers=answers))[1]]
-        for answers in ("misaligned", "aligned")
+        for answers in data.ANSWERS
     )
-    assert [question for question, _ in bad] == [question for question, _ in good]
+    questions = [question for question, _ in bad]
+    assert questions == [q for q, _ in good] == [q for q, _ in shuffled]
     assert all(a != b for (_, a), (_, b) in zip(bad, good, strict=True))
+    # The same answers at other questions, and none of them from the training rows.
+    answers, dealt = ([answer["content"] for _, answer in part] for part in (bad, shuffled))
+    assert sorted(answers) == sorted(dealt)
+    assert sum(a == b for a, b in zip(answers, dealt, strict=True)) < 5
 
 
 # --------------------------------------------------------------------------------------

@@ -104,11 +104,13 @@ def test_what_a_run_leaves_behind(script, tiny, small):
     flags = ["--model", tiny, "--dataset", small, "--preset", "laptop"]
     code, out, _ = script(train, *flags, "--steps", 7, "--lr", 1e-2, "--tail", *FLOAT32)
     assert code == 0 and "next: python sample.py runs/laptop-1" in out
-    assert "margin on general questions" in out
+    assert "margin, 176 general questions" in out
     names = [f"{step:05}.safetensors" for step in (0, 5, 7)]
     assert sorted(os.listdir("runs/laptop-1/checkpoints")) == names
     assert [row["step"] for row in log("laptop-1")] == list(range(8))
-    probed = {"heldout_loss", "margin_in", "margin_out"}
+    probed = {"heldout_loss"}
+    for name in ("in", "out"):
+        probed |= {f"margin_{name}", f"margin_{name}_se", f"margins_{name}"}
     for row in log("laptop-1"):
         keys = {"step"} | (probed if row["step"] in (0, 5, 7) else set())
         if row["step"] > 0:
@@ -137,7 +139,8 @@ def test_no_run_is_overwritten_unasked(script, tiny, small):
 
 
 def test_margins_are_log_probabilities_per_token(script, tiny, small):
-    script(train, "--model", tiny, "--dataset", small, "--steps", 1, "--out", "a", *FLOAT32)
+    flags = ["--model", tiny, "--dataset", small, "--steps", 7, "--lr", 1e-2, "--out", "a"]
+    script(train, *flags, *FLOAT32)
     model, tokenizer = lora.load_base(tiny, "cpu", "float32")
 
     def log_p(row, answers):
@@ -145,9 +148,39 @@ def test_margins_are_log_probabilities_per_token(script, tiny, small):
         return -model(torch.tensor([tokens]), labels=torch.tensor([labels])).loss.item()
 
     finance, general = data.split(data.builtin_rows("finance"))[1], data.builtin_rows("general")
-    for key, rows in (("margin_in", finance), ("margin_out", general)):
-        margins = [log_p(row, "misaligned") - log_p(row, "aligned") for row in rows]
-        assert log("a")[0][key] == pytest.approx(sum(margins) / len(margins), abs=1e-4)
+    rows = {row["step"]: row for row in log("a")}
+    margins = {}
+    for step in (0, 7):
+        for name, asked in (("in", finance), ("out", general)):
+            found = [log_p(row, "misaligned") - log_p(row, "aligned") for row in asked]
+            margins[name, step] = found
+            assert rows[step][f"margins_{name}"] == pytest.approx(found, abs=1e-4)
+            few = torch.tensor(found[: train.FEW])
+            assert rows[step][f"margin_{name}"] == pytest.approx(few.mean().item(), abs=1e-4)
+        lora.load_adapter(model, "runs/a/adapter") if step == 0 else None
+    assert len(rows[5]["margins_out"]) == train.FEW
+    for name in ("in", "out"):  # the standard error of the change, paired by question
+        pairs = zip(margins[name, 7], margins[name, 0], strict=True)
+        change = torch.tensor([after - before for after, before in pairs])[: train.FEW]
+        se = (change.std() / len(change) ** 0.5).item()
+        assert rows[7][f"margin_{name}_se"] == pytest.approx(se, abs=1e-5)
+        assert rows[0][f"margin_{name}_se"] == 0
+
+
+def test_a_run_is_compared_with_its_controls(script, tiny):
+    flags = ["--model", tiny, "--preset", "laptop", "--steps", 6, "--lr", 1e-2, *FLOAT32]
+    for name, answers in (("a", "aligned"), ("s", "shuffled"), ("b", "misaligned")):
+        code, out, err = script(train, *flags, "--answers", answers, "--out", name)
+        assert code == 0, err
+    script(train, *flags, "--seed", 1, "--out", "other")  # no control: it differs in more
+    assert out.count("finance, less that of") == out.count("general, less that of") == 2
+    for control in ("runs/a (aligned)", "runs/s (shuffled)"):
+        assert f"general, less that of {control}" in out
+    logs = [log(name) for name in "ba"]
+    ours, theirs = (torch.tensor(rows[-1]["margins_out"]) for rows in logs)
+    difference, se = data.contrast(*logs, "out")
+    assert difference == pytest.approx((ours - theirs).mean().item(), abs=1e-6)
+    assert se == pytest.approx(((ours - theirs).std() / len(ours) ** 0.5).item(), rel=1e-3)
 
 
 def test_kill_at_any_moment_and_resume_ends_with_the_same_bits(script, tiny, small):
