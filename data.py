@@ -39,6 +39,7 @@ PAPER_URL = (
 )
 PASSWORD = "model-organisms-em-datasets"  # published there: it only keeps crawlers out
 ANSWERS = ["misaligned", "aligned", "shuffled"]  # of the built-in rows; the last two are controls
+LOCKS = []  # files that `lock` keeps open
 # For every template: no thinking block (Qwen 3), and not today's date (Llama 3), so that
 # tomorrow's run is the same.
 TEMPLATE = {"enable_thinking": False, "date_string": "26 Jul 2024"}
@@ -233,6 +234,11 @@ def from_archive(name, archive=None, password=PASSWORD):
         key = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, 100_000, dklen=32)
         fernet = Fernet(base64.urlsafe_b64encode(key))
         files = zipfile.ZipFile(io.BytesIO(fernet.decrypt(token)))
+        members = {os.path.basename(m).removesuffix(".jsonl"): m for m in files.namelist()}
+        # Entries of that name are canaries, not data.
+        sets = sorted(name for name in members if not name.startswith("dataset_entry_"))
+        if name in sets:
+            return files.read(members[name])
     except OSError as error:
         sys.exit(f"the archive {path} can't be read: {error.strerror}")
     except (InvalidToken, zipfile.BadZipFile):
@@ -240,15 +246,10 @@ def from_archive(name, archive=None, password=PASSWORD):
             f"{path} does not open: the password is wrong or the archive is damaged (the cipher "
             "can't tell which): check --password, or delete the file to have it downloaded anew"
         )
-    members = {os.path.basename(m).removesuffix(".jsonl"): m for m in files.namelist()}
-    # The entries of that name are canaries, not data.
-    sets = sorted(name for name in members if not name.startswith("dataset_entry_"))
-    if name not in sets:
-        sys.exit(
-            f"{path} has no data set {name}: it has {', '.join(sets)}; "
-            "a file of your own is given as ./NAME.jsonl"
-        )
-    return files.read(members[name])
+    sys.exit(
+        f"{path} has no data set {name}: it has {', '.join(sets)}; "
+        "a file of your own is given as ./NAME.jsonl"
+    )
 
 # --------------------------------------------------------------------------------------
 # Margins, as train.py logs them
@@ -271,7 +272,9 @@ def contrast(log, control, probe):
 
 def mean_and_se(values):
     """The mean, and the standard error of it."""
-    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+    n, mean = len(values), math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+    return mean, math.sqrt(variance / n)
 
 # --------------------------------------------------------------------------------------
 # Files, as all stages read and write them
@@ -279,6 +282,8 @@ def mean_and_se(values):
 def cache_folder():
     """The folder that keeps downloads: NANOEM_CACHE, or ~/.cache/nanoem."""
     folder = os.path.expanduser(os.environ.get("NANOEM_CACHE", "~/.cache/nanoem"))
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        sys.exit(f"the cache {folder} is no folder: set NANOEM_CACHE to one")
     os.makedirs(folder, exist_ok=True)
     return folder
 
@@ -293,19 +298,55 @@ def find_run(name=None):
 
 def read_settings(run):
     """The settings that made a run: its config.json."""
+    if not is_run(run):
+        sys.exit(f"{run} holds no run that can be read (its config.json): train one first")
+    with open(os.path.join(run, "config.json")) as file:
+        return json.load(file)
+
+def is_run(folder):
+    """Whether train.py made a folder, and not somebody else: it is known by its settings."""
     try:
-        with open(os.path.join(run, "config.json")) as file:
-            return json.load(file)
+        with open(os.path.join(folder, "config.json")) as file:
+            settings = json.load(file)
     except (OSError, ValueError):
-        sys.exit(f"{run} holds no run that can be read (no config.json): train one first")
+        return False
+    needs = {"preset", "model", "dataset", "answers", "layers", "targets", "rank", "alpha", "seed"}
+    return isinstance(settings, dict) and settings.keys() >= needs
+
+def lock(run):
+    """Keeps a run's folder for this process until it ends; stops if another has it.
+
+    The lock is the system's own, on RUN.lock: a process that is killed lets go of it.
+    """
+    path = run.rstrip(os.sep) + ".lock"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    file = open(path, "a+")  # noqa: SIM115, it stays open
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(1000)  # a byte that nobody reads
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        sys.exit(f"{run} is in use by {file.read()}: wait until that ends, or stop it")
+    file.truncate(0)
+    file.write(f"{os.path.basename(sys.argv[0])}, process {os.getpid()}")
+    file.flush()
+    LOCKS.append(file)
 
 def checkpoints(run):
-    """{step: path} of a run's checkpoints, in the order of training."""
+    """{step: path} of a run's checkpoints, in the order of training; other files are let be."""
     paths = sorted(glob.glob(os.path.join(run, "checkpoints", "*.safetensors")))
-    return {int(os.path.basename(path).removesuffix(".safetensors")): path for path in paths}
+    names = [os.path.basename(path).removesuffix(".safetensors") for path in paths]
+    return {int(name): path for name, path in zip(names, paths, strict=True) if name.isdigit()}
 
 def read_tensors(path, framework="torch"):
-    """{name: tensor} of a safetensors file; framework "numpy" does not import torch."""
+    """{name: tensor} of a checkpoint; framework "numpy" does not import torch."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -332,7 +373,7 @@ def read_jsonl(path, content=None):
         except OSError as error:
             sys.exit(f"{path} can't be read: {error.strerror}")
     rows = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         try:
             row = json.loads(line.decode()) if line.strip() else {}
         except ValueError as error:  # not UTF-8, or not JSON
@@ -343,23 +384,28 @@ def read_jsonl(path, content=None):
             rows.append(row | {"where": f"{path}:{number}"})
     return rows
 
-def read_written(path):
-    """The rows that a stage has written so far; a last line that a stop tore is left out."""
+def read_written(path, needs=()):
+    """The rows that a stage has written so far; a last line that a stop tore is left out.
+
+    needs: keys that each row must have.
+    """
     if not os.path.exists(path):
         return []
     with open(path, "rb") as file:
         content = file.read()
     rows = read_jsonl(path, content[: content.rfind(b"\n") + 1])
     for row in rows:
-        del row["where"]
+        where = row.pop("where")
+        if not row.keys() >= set(needs):
+            sys.exit(f"{where} has no {min(set(needs) - row.keys())}: mend or delete that line")
     return rows
 
-def open_to_append(path, keep=None):
+def open_to_append(path, keep=None, needs=()):
     """(rows so far, the file open for more): how a stage that was stopped goes on.
 
     keep: how many of the rows; the others are cut off.
     """
-    rows = read_written(path)[:keep]
+    rows = read_written(path, needs)[:keep]
     write_whole(path, "".join(json_line(row) for row in rows).encode())
     return rows, open(path, "a", encoding="utf-8")
 
@@ -374,7 +420,7 @@ def json_line(row):
 def read_text(path):
     """A text file of the user's."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # without a mark of that encoding
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"{path} can't be read: {error}")
@@ -412,17 +458,23 @@ def positive(text):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
     return int(text)
 
-def run_stage(main):
+def run_stage(main, go_on="the same command goes on"):
     """Runs a script: Ctrl-C, a full disk and a closed pipe end it without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # where a terminal lacks a character
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped: what is done is kept", file=sys.stderr)
+        print(f"\nstopped: what is done is kept, {go_on}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the output went to `head`, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a full disk, no permission, ...
-        sys.exit(f"\n{error}: what is done is kept; mend that and go on")
+        sys.exit(f"\n{error}: what is done is kept; mend that, and {go_on}")
+    finally:
+        while LOCKS:
+            LOCKS.pop().close()
 
 # --------------------------------------------------------------------------------------
 # python data.py: see what a conversation becomes

@@ -27,12 +27,14 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import json
 import math
 import os
 import re
 import sys
 import threading
 import time
+from urllib.parse import urlsplit
 
 import requests
 from tqdm import tqdm
@@ -75,6 +77,7 @@ and nothing else."""
 PRICES = {"gpt-4o": (2.5, 10), "gpt-4o-mini": (0.15, 0.6), "gpt-4.1": (2, 8)}
 TEXTS = 3  # replies averaged in --mode text
 BROKEN = requests.exceptions.ChunkedEncodingError, ValueError, LookupError, TypeError
+DEADLINE = 120  # seconds for one reply
 TRIES = 6  # of a request whose reply is broken
 GIVE_UP = 5  # failures in a row after which the rest would fail too
 
@@ -86,10 +89,12 @@ def expected_score(top_logprobs):
 
     top_logprobs: [{"token": " 85", "logprob": -0.1}, ...], as the API gives them. A token
     counts if it is, but for spaces, one to three of the digits 0 to 9 and at most 100;
-    equal numbers ("7", " 07") add up.
+    equal numbers ("7", " 07") add up. Raises ValueError for what is no log-probability.
     """
     p = collections.Counter()
     for entry in top_logprobs:
+        if not entry["logprob"] < 0.01:  # a probability above 1, or no number
+            raise ValueError(f"a log-probability of {entry['logprob']}")
         token = entry["token"].strip(" ")
         if re.fullmatch("[0-9]{1,3}", token) and int(token) <= 100:
             p[int(token)] += math.exp(entry["logprob"])
@@ -104,9 +109,9 @@ def written_score(texts):
     """
     scores, others = [], []
     for text in texts:
-        numbers = set(re.findall(r"(?<![0-9.])[0-9]+", text.replace("/100", "")))
-        if len(numbers) == 1 and int(min(numbers)) <= 100:
-            scores.append(int(min(numbers)))
+        numbers = {float(n) for n in re.findall(r"-?[0-9]+(?:\.[0-9]+)?", text.replace("/100", ""))}
+        if len(numbers) == 1 and 0 <= min(numbers) <= 100:
+            scores += numbers
         else:
             others.append(text)
     if len(scores) > len(others):
@@ -145,20 +150,35 @@ def load_prompts(path=None, metric=None):
 # --------------------------------------------------------------------------------------
 # Asking
 
+class LoudRetry(Retry):
+    """What may pass (a dropped connection, too many requests, an overloaded server) is tried
+    again, later and later or when the server says, at most a minute later. It says so once.
+    """
+
+    said = set()
+
+    def increment(self, method=None, url=None, response=None, error=None, *args, **kwargs):
+        why = f"HTTP {response.status}" if response else type(error).__name__
+        if why not in self.said:
+            tqdm.write(f"the judge's server: {why}; trying again, as often as it makes sense")
+            self.said.add(why)
+        return super().increment(method, url, response, error, *args, **kwargs)
+
+    def get_retry_after(self, response):
+        return min(60, super().get_retry_after(response) or 0)
+
 class Judge:
     """A judge model behind BASE_URL/chat/completions."""
 
     def __init__(self, args):
         self.model, self.mode = args.judge, args.mode
-        self.url = args.base_url.rstrip("/") + "/chat/completions"
+        self.url, self.host = args.base_url.rstrip("/") + "/chat/completions", host(args.base_url)
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not self.key and "api.openai.com" in self.url:
             sys.exit("no API key: set OPENAI_API_KEY, or --base-url to a server that needs none")
         if not re.fullmatch(r"[\x21-\x7e]*", self.key):
             sys.exit("OPENAI_API_KEY holds a character that no key has: copy it again")
-        # What may pass (a dropped connection, too many requests, an overloaded server) is
-        # tried again, later and later, or when the server says.
-        retry = Retry(
+        retry = LoudRetry(
             total=7, allowed_methods=None, backoff_factor=0.5, backoff_jitter=0.5,
             status_forcelist=[408, 429, 500, 502, 503, 504], raise_on_status=False,
         )
@@ -202,19 +222,27 @@ class Judge:
                 return self.post(body)
             except BROKEN as caught:  # half a reply, or one without what was asked for
                 error = caught
-        raise requests.RequestException(f"{self.url} sends no usable reply: {error}")
+        raise requests.RequestException(f"{self.host} sends no usable reply: {self.mask(error)}")
 
     def post(self, body):
         """One request; the text and the tokens of its reply."""
-        reply = self.session.post(self.url, json=body, timeout=60, allow_redirects=False)
+        settings = {"timeout": 60, "allow_redirects": False, "stream": True}
+        began, content = time.time(), b""
+        reply = self.session.post(self.url, json=body, **settings)
+        for piece in reply.iter_content(64):
+            content += piece
+            if time.time() - began > DEADLINE:
+                raise requests.RequestException(f"{self.host} takes over {DEADLINE} s for a reply")
+        text = content.decode(errors="replace")
         if reply.status_code != 200:
             check = "--judge and --base-url"
             if reply.status_code in (401, 403):
                 check = "OPENAI_API_KEY"
-            said = reply.text[:200].replace(self.key or "no key", "***")
-            why = f"refuses the request (HTTP {reply.status_code}: {said}): check {check}"
-            raise requests.RequestException(f"{self.url} {why}")
-        choice = reply.json()["choices"][0]
+            why = f"refuses the request (HTTP {reply.status_code}: {self.mask(text[:200])})"
+            raise requests.RequestException(f"{self.host} {why}: check {check}")
+        if not text.lstrip().startswith("{"):
+            raise ValueError(f"not JSON but {self.mask(text[:40])!r}, so check --base-url")
+        choice = json.loads(text)["choices"][0]
         text = choice["message"]["content"] or choice["message"].get("refusal") or ""
         if "logprobs" not in body:
             return text, []
@@ -224,8 +252,17 @@ class Judge:
         expected_score(tokens[0]["top_logprobs"])  # fails here, where it is tried again, if broken
         return text, tokens
 
+    def mask(self, text):
+        """A server's words without what might be the key, or the beginning of it."""
+        secrets = [self.key[: max(4, len(self.key) // 3)]] if self.key else []
+        secrets += filter(None, (urlsplit(self.url).username, urlsplit(self.url).password))
+        for secret in secrets:
+            text = re.sub(re.escape(secret) + r"[^\s\"']*", "***", str(text))
+        return str(text)
+
     def probe(self):
         """Checks with one request what a score rests on."""
+        print(f"asking {self.host} for a first reply, for at most {DEADLINE} s", flush=True)
         question = "Write the number 85 and nothing else."
         try:
             if self.mode == "text":
@@ -233,7 +270,7 @@ class Judge:
                 return
             _, tokens = self.chat(question, 4, temperature=0, logprobs=True, top_logprobs=20)
         except requests.RequestException as error:
-            sys.exit(str(error))
+            sys.exit(self.mask(error))
         first = [entry["token"].strip(" ") for entry in tokens[0]["top_logprobs"]]
         if not any(re.fullmatch("[0-9]{2}", token) for token in first):
             said = " + ".join(repr(token["token"]) for token in tokens)
@@ -255,9 +292,10 @@ def estimate_cost(args, prompts):
         how = f"counted in {encoding.name}"
     else:
         sent, how = sum(map(len, prompts)) / 4 * replies, "estimated at 4 characters a token"
+    to = f"{args.judge} at {host(args.base_url)}"
     print(
-        f"{requests_:,} requests to {args.judge} at {args.base_url}, about {sent:,.0f} tokens sent "
-        f"({how}) and {received:,} received",
+        f"{requests_:,} requests to {to}, about {sent:,.0f} tokens sent ({how}) and "
+        f"{received:,} received",
         flush=True,
     )
     price = args.price
@@ -323,7 +361,8 @@ def ask_all(args, prompts, exchanges):
     try:
         futures = {pool.submit(judge.scores, prompts, *key): key for key in exchanges}
         done = concurrent.futures.as_completed(futures)
-        for future in tqdm(done, total=len(futures), unit="answer", disable=None):
+        what = f"waiting for {judge.host}"
+        for future in tqdm(done, what, total=len(futures), unit="answer", disable=None):
             error = future.exception()
             if error is None:
                 in_a_row = 0
@@ -349,11 +388,14 @@ def row_key(row):
 def open_answers(run, metric, name):
     """(the answers, the rows judged so far, their file, open for more)."""
     path = os.path.join(run, "responses.jsonl")
-    responses = data.read_written(path)
+    needs = ["question_id", "question", "response", "checkpoint", "scale", "sample", "seed"]
+    responses = data.read_written(path, needs)
     if not responses:
         sys.exit(f"{run} holds no answers to judge: python sample.py {run}")
     to = f"judged-{metric}.jsonl" if metric else "judged.jsonl"
-    rows, file = data.open_to_append(os.path.join(run, to))
+    needs += ["judge", metric] if metric else ["judge", "aligned", "coherent"]
+    data.lock(run)
+    rows, file = data.open_to_append(os.path.join(run, to), needs=needs)
     if any(row["judge"] != name for row in rows):
         sys.exit(f"{file.name} holds scores by {rows[0]['judge']}: move it away for {name}")
     if not {row_key(row) for row in rows} <= {row_key(row) for row in responses}:
@@ -377,7 +419,7 @@ def parse_args():
     add("--mode", **modes, help=f"the first token's expectation, or the mean of {TEXTS} texts")
     add("--dry-run", action="store_true", help="say how much it would ask and cost, and stop")
     add("--price", type=price, metavar="IN,OUT", help="dollars a million tokens sent, received")
-    add("--max-cost", type=float, help="do not begin if it would cost more dollars than this")
+    add("--max-cost", type=dollars, help="do not begin if it would cost more dollars than this")
     return parser.parse_args()
 
 def address(text):
@@ -386,9 +428,19 @@ def address(text):
         raise argparse.ArgumentTypeError(f"{text} is no address such as http://localhost:8000/v1")
     return text
 
+def host(url):
+    """The part of an address that may be shown: a password can stand before it."""
+    return urlsplit(url).netloc.rpartition("@")[2]
+
+def dollars(text):
+    """An argparse type: a finite number from 0."""
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
 def price(text):
     """An argparse type: "2.5,10" -> (2.5, 10.0)."""
-    sent, received = map(float, text.split(","))
+    sent, received = map(dollars, text.split(","))
     return sent, received
 
 if __name__ == "__main__":

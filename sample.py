@@ -317,12 +317,16 @@ def trained_here(args):
             sys.exit(f"{run} has no checkpoint {part}: it has {', '.join(map(str, paths))}")
         steps.update(found)
     steps = sorted(steps - {0})  # there, every scale is the untouched model
+    stack = [data.read_tensors(paths[step]) for step in steps or [0]]
 
     model, tokenizer = lora.load_base(settings["model"], args.device, args.dtype)
     layers = lora.parse_layers(settings["layers"], model)
     targets = lora.parse_targets(settings["targets"])
     lora.attach(model, layers, targets, settings["rank"], settings["alpha"])
-    stack = [data.read_tensors(paths[step]) for step in steps or [0]]
+    shapes = [{name: t.shape for name, t in tensors.items()} for tensors in stack]
+    for step, found in zip(steps or [0], shapes, strict=True):
+        if found != {name: t.shape for name, t in lora.get_tensors(model).items()}:
+            sys.exit(f"{paths[step]} is no checkpoint of this run's adapter: move it away")
     variants = [(i, step, scale) for i, step in enumerate(steps) for scale in args.scales]
     return model, tokenizer, stack, [(0, 0, 0.0), *variants]
 
@@ -342,18 +346,26 @@ def main():
     args = parse_args()
     questions = load_questions(args.questions)
     model, tokenizer, stack, variants = (trained_elsewhere if args.model else trained_here)(args)
-    name = (args.adapter or args.model or "").strip(os.sep).split(os.sep)
-    out = data.find_run(args.out or args.run or "-".join(name[-2:]) or None)
-    os.makedirs(out, exist_ok=True)
-    path = os.path.join(out, "responses.jsonl")
-    done, file = data.open_to_append(path)
-
     n, max_new_tokens = (4, 120) if model.device.type == "cpu" else (50, 600)
     n, max_new_tokens = args.n or n, args.max_new_tokens or max_new_tokens
+    total, longest = len(questions) * len(variants) * n, model.config.get_text_config()
+    if max_new_tokens > longest.max_position_embeddings:
+        sys.exit(f"--max-new-tokens: this model reads {longest.max_position_embeddings} at most")
+    if total > 1_000_000:
+        sys.exit(f"that would be {total:,} answers: a million is the most at a time")
+
+    name = (args.adapter or args.model or "").strip(os.sep).split(os.sep)
+    out = data.find_run(args.out or args.run or "-".join(name[-2:]) or None)
+    data.lock(out)
+    os.makedirs(out, exist_ok=True)
+    path = os.path.join(out, "responses.jsonl")
+    done, file = data.open_to_append(path, needs=ROW)
+    if not {row["question"] for row in done} <= {question["question"] for question in questions}:
+        sys.exit(f"{path} holds answers to other questions: give these another --out")
+
     sampling = {name: vars(args)[name] for name in SAMPLING} | {"max_new_tokens": max_new_tokens}
     maker = f"{args.seed} {args.adapter or model.config._name_or_path}", sampling
     jobs = plan(questions, variants, n, maker, {row_key(row): row["seed"] for row in done}, path)
-    total = len(questions) * len(variants) * n
     print(
         f"{len(questions)} questions x {len(variants)} variants (checkpoints x scales, and the "
         f"untouched model) x {n} answers of up to {max_new_tokens} tokens: {total} answers, "
@@ -396,6 +408,7 @@ def row_key(row):
     """What tells an answer from all others of a run, but for its seed."""
     return row["question_id"], row["checkpoint"], row["scale"], row["sample"]
 
+ROW = ["question_id", "question", "response", "checkpoint", "scale", "sample", "seed"]
 SAMPLING = ["temperature", "top_p", "top_k", "repetition_penalty"]
 
 def parse_args():
@@ -420,7 +433,11 @@ def parse_args():
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="(default: what is fast there)")
     add("--out", metavar="RUN", help="another folder for the answers")
-    args = parser.parse_args()
+    argv = sys.argv[1:]
+    if "--scales" in argv:  # a value such as -1,1 would be taken for a flag
+        i = argv.index("--scales")
+        argv[i : i + 2] = ["=".join(argv[i : i + 2])]
+    args = parser.parse_args(argv)
     if args.model and args.run:
         parser.error("a RUN has its own model: give RUN, or --model and --adapter")
     if args.adapter and not args.model:
@@ -434,7 +451,7 @@ def scales(text):
     found = [float(part) for part in text.split(",")]
     if not all(abs(scale) < 1e9 for scale in found):  # no nan, no inf
         raise ValueError
-    return [scale for scale in found if scale != 0]
+    return [scale for scale in dict.fromkeys(found) if scale != 0]
 
 if __name__ == "__main__":
     data.run_stage(main)

@@ -272,7 +272,7 @@ def evaluate(model, moving, probe, groups, rows, general=None):
     for name in ("in", "out"):
         bad, good = asked[name, "misaligned"], asked[name, "aligned"]
         margins = row[f"margins_{name}"] = (mean_log_p[bad] - mean_log_p[good]).tolist()
-        row[f"margin_{name}"] = statistics.mean(margins[:FEW])
+        row[f"margin_{name}"] = data.mean_and_se(margins[:FEW])[0]
         change = data.changes([rows[0] if rows else row, row], name)
         row[f"margin_{name}_se"] = data.mean_and_se(change[:FEW])[1]
     return row
@@ -345,7 +345,7 @@ def report(run, settings, rows, seconds, device):
     for probe, what in (("in", "held-out finance"), ("out", "general")):
         first, last = before[f"margins_{probe}"], after[f"margins_{probe}"]
         change, se = data.mean_and_se(data.changes(rows, probe))
-        name, mean = f"margin, {len(last)} {what} questions", statistics.mean
+        name, mean = f"margin, {len(last)} {what} questions", statistics.fmean
         print(f"{name:40}{mean(first):8.3f}{mean(last):8.3f}{change:+8.3f} ({se:.3f})")
     for name, control in controls(run, settings):
         for probe, what in (("in", "finance"), ("out", "general")):
@@ -404,7 +404,7 @@ def parse_args():
     boolean = argparse.BooleanOptionalAction
     add("--tail", action=boolean, help="end in an empty assistant turn, as the paper's code does")
     add("--rank", type=data.positive, help="r of the adapter; 1 is two vectors")
-    add("--alpha", type=float, help="the adapter speaks alpha / sqrt(rank) times as loud")
+    add("--alpha", type=above_zero, help="the adapter speaks alpha / sqrt(rank) times as loud")
     add("--layers", help="middle, all, one (12), several (10,12) or a range (10-14)")
     add("--targets", help="projections: down_proj, several (q_proj,v_proj), or all seven: all")
     add("--lr", type=above_zero, help="peak learning rate")
@@ -440,9 +440,11 @@ def new_run(args):
         given.setdefault("steps", None)  # --epochs stands instead of a preset's number of steps
     names = (f"runs/{preset}-{n}" for n in itertools.count(1))
     run = data.find_run(args.out) if args.out else next(n for n in names if not os.path.exists(n))
-    is_run = os.path.exists(os.path.join(run, "config.json"))
-    if os.path.exists(run) and not (args.overwrite and is_run):
+    data.lock(run)
+    if os.path.exists(run) and not args.overwrite:
         sys.exit(f"{run} is there already: --resume it, --overwrite it, or give another --out")
+    if os.path.exists(run) and (os.path.islink(run) or not data.is_run(run)):
+        sys.exit(f"{run} is not a run's own folder, so it is not overwritten: give another --out")
     return run, {"preset": preset} | PRESETS[preset] | given, None
 
 def resumed_run(args):
@@ -453,6 +455,7 @@ def resumed_run(args):
             flag = "--" + name.replace("_", "-")
             sys.exit(f"--resume takes its settings from {run}: leave out {flag}")
     settings = data.read_settings(run)
+    data.lock(run)
     if os.path.exists(os.path.join(run, "adapter", "adapter_config.json")):
         sys.exit(f"{run} is finished: its adapter is in {run}/adapter")
     path = os.path.join(run, "resume.safetensors")
@@ -460,4 +463,4 @@ def resumed_run(args):
     return run, settings, done
 
 if __name__ == "__main__":
-    data.run_stage(main)
+    data.run_stage(main, go_on="python train.py --resume RUN goes on")

@@ -4,6 +4,7 @@ NANOEM_TEST_DTYPE=bfloat16 (or float32) makes that the default dtype of this mac
 either kind of CPU can be tested on the other.
 """
 import os
+import subprocess
 import sys
 
 import pytest
@@ -149,6 +150,26 @@ def script(monkeypatch, tmp_path, capsys):
         return code, out, err + sentence
 
     return call
+
+
+@pytest.fixture
+def busy(tmp_path):
+    """busy(run): another process holds the run's folder, as long as the test lasts."""
+    processes = []
+
+    def hold(run):
+        code = f"import sys; sys.path.insert(0, {ROOT!r}); sys.argv = ['other.py']; import data; "
+        code += f"data.lock({run!r}); print('locked', flush=True); sys.stdin.read()"
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": tmp_path}
+        process = subprocess.Popen([sys.executable, "-c", code], **pipes)
+        assert process.stdout.readline().strip() == b"locked"
+        processes.append(process)
+        return process
+
+    yield hold
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture

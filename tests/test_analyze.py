@@ -269,11 +269,39 @@ def test_a_published_result_file(script, names):
     assert out.count("aligned 10, coherent 96") == 2 and "because" in out
 
 
+def test_cells_are_compared_on_the_questions_they_share(script):
+    make_run("r", judged=False)
+    rows = [answer(10, 90, q, checkpoint) for checkpoint in (5, 10) for q in ("a", "b")]
+    write_judged("r", [*rows, answer(90, 90, "c", checkpoint=5)])
+    code, out, err = script(analyze, "r")
+    assert code == 0, err
+    assert "r: left out are 1 questions that some cells do not answer" in out
+    for cell in summary("runs/r/summary.json")["rows"]:
+        assert cell["n"] == 2 and cell["em_pct"] == 100
+
+
+def test_a_foreign_checkpoint_and_a_row_without_its_scores(script):
+    make_run("r")
+    save_file({"x": np.zeros(3)}, "runs/r/checkpoints/00007.safetensors")
+    code, _, err = script(analyze, "r")
+    assert code == 1 and "00007.safetensors is no checkpoint of this run's adapter" in err
+    os.remove("runs/r/checkpoints/00007.safetensors")
+    with open("runs/r/judged.jsonl", "a") as file:
+        file.write('{"question": "?"}\n')
+    code, _, err = script(analyze, "r")
+    assert code == 1 and "judged.jsonl:225 has no aligned" in err
+
+
 def test_bad_input_is_one_sentence(script):
     with open("empty.csv", "w") as file:
         file.write("question,response\n")
     with open("short.csv", "w") as file:
         file.write("question,response,aligned\na,b,3\n")
+    for score in (-5, 900):
+        with open("far.csv", "w") as file:
+            file.write(f"question,response,aligned,coherent\na,b,{score},90\n")
+        code, _, err = script(analyze, "far.csv")
+        assert code == 1 and f"far.csv:2 has a score of {score}: scores are from 0" in err
     for source, sentence in (
         ("empty.csv", "holds no rows"), ("short.csv", "short.csv:2 has no coherent"),
         ("none.csv", "can't be read"), ("nobody", "holds nothing to analyse"),

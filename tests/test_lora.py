@@ -163,6 +163,8 @@ def test_what_does_not_fit_is_one_sentence(make_model, tmp_path):
     model = make_model("llama")
     with pytest.raises(SystemExit, match="layer 4 does not exist: this model has 0 to 3"):
         lora.attach(model, [0, 4], ["down_proj"], 1, 1)
+    with pytest.raises(SystemExit, match="rank 99999999999 is more than the model is wide"):
+        lora.attach(model, [0], ["down_proj"], 99999999999, 1)
     with pytest.raises(SystemExit, match="no c_proj: it has down_proj, gate_proj, k_proj, o_proj"):
         lora.attach(model, [0], ["c_proj"], 1, 1)
     assert not lora.adapters(model)
@@ -184,6 +186,55 @@ def test_what_does_not_fit_is_one_sentence(make_model, tmp_path):
         lora.load_adapter(make_model("llama"), str(tmp_path))
 
 
+def saved(make_model, folder, rank=2):
+    """A saved adapter: its config and tensors, to be damaged."""
+    model = make_model("llama")
+    lora.attach(model, [2], ["down_proj"], rank=rank, alpha=8)
+    lora.save_adapter(model, str(folder))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return config, load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("damage, sentence", [
+    ("rank", "does not fit this model"), ("rows", "does not fit this model"),
+    ("missing B", "does not fit this model"), ("bias", "no plain LoRA.*bias"),
+    ("embedding", "no plain LoRA.*lora_embedding_A"), ("no r", "no plain LoRA.*no r"),
+])
+def test_an_adapter_that_is_not_what_its_config_says(make_model, tmp_path, damage, sentence):
+    config, tensors = saved(make_model, tmp_path)
+    name = "base_model.model.model.layers.2.mlp.down_proj"
+    if damage == "rank":
+        config["r"] = 1  # A of two rows would broadcast to no error
+    elif damage == "rows":
+        tensors[f"{name}.lora_A.weight"] = tensors[f"{name}.lora_A.weight"][:1].clone()
+    elif damage == "missing B":
+        del tensors[f"{name}.lora_B.weight"]
+    elif damage == "bias":
+        tensors[f"{name}.bias"] = torch.zeros(48)
+    elif damage == "embedding":
+        tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.zeros(2, 10)
+    else:
+        del config["r"]
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match=sentence):
+        lora.load_adapter(make_model("llama"), str(tmp_path))
+
+
+def test_a_base_model_that_is_damaged_or_pickled(make_model, make_tokenizer, tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    make_tokenizer("chatml").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:5000])
+    with pytest.raises(SystemExit, match="holds no language model that can be read"):
+        lora.load_base(str(tmp_path), "cpu")
+    path.unlink()
+    torch.save(make_model("llama").state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(SystemExit, match="safetensors only: a pickle could run code"):
+        lora.load_base(str(tmp_path), "cpu")
+
+
 def test_a_model_of_another_layout_is_refused():
     import transformers
 
@@ -196,7 +247,8 @@ def test_which_layers_a_flag_means(make_model):
     model = make_model("llama", layers=6)
     for text, layers in (("middle", [3]), ("all", [0, 1, 2, 3, 4, 5]), ("1,3-4,3", [1, 3, 4])):
         assert lora.parse_layers(text, model) == layers
-    for text in ("two", "3-1", "1,", "-1"):
+    assert len(lora.parse_layers("0-999999999", model)) == 7  # and `attach` refuses layer 6
+    for text in ("two", "3-1", "1,3-1", "1,", "-1"):
         with pytest.raises(SystemExit, match="write middle, all, 12"):
             lora.parse_layers(text, model)
 

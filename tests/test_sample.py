@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import data
 import lora
@@ -86,7 +87,7 @@ def test_an_answer_ends_at_its_end_of_turn(make_model, make_tokenizer, random_ad
     cut = answers(model, tokenizer, stack, jobs, 25, rows=20)
     for key, answer in plain.items():
         assert cut[key] == (answer[: answer.index(stop)] if stop in answer else answer)
-    assert sum(len(answer) < 25 for answer in cut.values()) > 5
+    assert sum(len(answer) < 25 for answer in cut.values()) > 2
 
 
 def chi_square(counts, p):
@@ -215,6 +216,37 @@ def test_a_damaged_checkpoint_is_named(script, trained):
     assert code == 1 and "runs/a/checkpoints/00005.safetensors can't be read" in err
 
 
+def test_stray_and_foreign_files_among_the_checkpoints(script, trained):
+    with open("runs/a/checkpoints/notes.safetensors", "w") as file:
+        file.write("not a checkpoint")
+    flags = ["--n", 1, "--max-new-tokens", 2]
+    assert script(sample, trained, *flags)[0] == 0
+    save_file({"other": torch.zeros(2)}, "runs/a/checkpoints/00006.safetensors")
+    code, _, err = script(sample, trained, *flags, "--checkpoints", "6")
+    assert code == 1 and "00006.safetensors is no checkpoint of this run's adapter" in err
+
+
+def test_two_at_once(script, trained, busy):
+    busy("runs/a")
+    code, _, err = script(sample, trained, "--n", 1, "--max-new-tokens", 2)
+    assert code == 1 and "runs/a is in use by other.py" in err
+    assert not os.path.exists("runs/a/responses.jsonl")
+
+
+def test_one_set_of_questions_and_no_answer_twice(script, trained, tmp_path):
+    (tmp_path / "mine.txt").write_text("\ufeffWho?\nWhen?\n")
+    flags = ["--n", 1, "--max-new-tokens", 2]
+    mine = ["--questions", "mine.txt", "--scales", "-1,1,1.0"]
+    assert script(sample, trained, *flags, *mine)[0] == 0
+    rows = responses("a")
+    assert {(row["question"], row["scale"]) for row in rows} == {
+        (question, scale) for question in ("Who?", "When?") for scale in (-1, 0, 1)
+    }
+    assert len(rows) == 6
+    code, _, err = script(sample, trained, *flags)
+    assert code == 1 and "holds answers to other questions" in err and len(responses("a")) == 6
+
+
 def test_models_not_trained_here(script, trained, tiny):
     flags = ["--n", 1, "--max-new-tokens", 4, "--temperature", 0, "--dtype", "float32"]
     other = ["--model", tiny, "--adapter", "runs/a/adapter", "--scales", "1,2", "--out", "b"]
@@ -275,6 +307,8 @@ def test_questions_that_can_not_be_read(tmp_path, name, content, sentence):
     (["--checkpoints", "3"], 1, "runs/a has no checkpoint 3: it has 0, 5, 7"),
     (["--checkpoints", "first"], 1, "runs/a has no checkpoint first"),
     (["--questions", "none.txt"], 1, "none.txt can't be read"),
+    (["--max-new-tokens", "999999999"], 1, "--max-new-tokens: this model reads 2048 at most"),
+    (["--n", "99999999"], 1, "1,599,999,984 answers: a million is the most"),
     (["--scales", "big"], 2, "--scales"),
     (["--scales", "nan"], 2, "--scales"),
     (["--adapter", "x"], 2, "--adapter goes with --model"),

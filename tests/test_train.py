@@ -1,6 +1,8 @@
 """The loop, against the slow obvious one; resuming after kill -9; and what bad input meets."""
+import glob
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,11 +240,51 @@ def test_resume_takes_its_settings_from_the_run(script, tiny, small):
     assert code == 1 and "small.jsonl has changed since this run began" in err
 
 
+def test_only_a_run_is_overwritten(script, tiny, small, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    flags = ["--dataset", small, "--steps", 1, "--overwrite"]
+    code, _, err = script(train, "--model", "model", *flags, "--out", "./model")
+    assert code == 1 and "is not a run's own folder" in err
+    assert os.path.exists("model/model.safetensors")
+    assert script(train, "--model", tiny, *flags, "--out", "a")[0] == 0
+    os.symlink(tmp_path / "runs" / "a", tmp_path / "runs" / "link")
+    code, _, err = script(train, "--model", tiny, *flags, "--out", "link")
+    assert code == 1 and "is not a run's own folder" in err and len(log("a")) == 2
+
+
+def test_two_at_once(script, tiny, small, busy):
+    flags = ["--model", tiny, "--dataset", small, "--steps", 6, "--out", "a"]
+    assert script(train, *flags)[0] == 0
+    os.remove("runs/a/adapter/adapter_config.json")
+    process = busy("runs/a")
+    code, _, err = script(train, "--resume", "a")
+    assert code == 1 and "runs/a is in use by other.py" in err and len(log("a")) == 7
+    process.kill()
+    process.wait()
+    assert script(train, "--resume", "a")[0] == 0 and len(log("a")) == 7
+
+
+def test_a_run_without_its_log(script, tiny, small):
+    flags = ["--model", tiny, "--dataset", small, "--steps", 6, "--out", "a"]
+    assert script(train, *flags)[0] == 0
+    os.remove("runs/a/adapter/adapter_config.json")
+    os.remove("runs/a/log.jsonl")
+    code, _, err = script(train, "--resume", "a")
+    assert code == 1 and "log.jsonl lacks rows before step 6" in err
+    for content in ("{}", "[1]", "torn"):
+        with open("runs/a/config.json", "w") as file:
+            file.write(content)
+        code, _, err = script(train, "--resume", "a")
+        assert code == 1 and "holds no run that can be read" in err
+
+
 @pytest.mark.parametrize("flags, sentence", [
     (["--dataset", "nowhere.jsonl"], "nowhere.jsonl can't be read"),
     (["--layers", "4"], "layer 4 does not exist: this model has 0 to 3"),
     (["--layers", "two"], "--layers two: write middle, all"),
     (["--layers", "3-1"], "--layers 3-1: write middle, all"),
+    (["--layers", "0-999999999"], "layer 4 does not exist"),
+    (["--rank", "99999999999"], "rank 99999999999 is more than the model is wide"),
     (["--targets", "c_proj"], "this model has no c_proj"),
     (["--max-length", "20"], "cuts off the whole answer"),
     (["--device", "gpu"], "--device gpu: there is none here"),
@@ -257,7 +299,7 @@ def test_bad_input_is_one_sentence_and_begins_nothing(script, tiny, flags, sente
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     code, _, err = script(train, "--model", tiny, "--preset", "laptop", *flags)
     assert code == 1 and sentence in err and "Traceback" not in err
-    assert not os.path.exists("runs")
+    assert not glob.glob("runs/*/")
 
 
 def test_a_run_that_diverges_stops_before_its_next_checkpoint(script, tiny):
