@@ -180,7 +180,7 @@ def straight_cosines(vectors, k, draws=200):
 def find_turn(steps, vectors):
     """The sharpest turn: {"step", "cosine", "vector", "k", "significant"}, or None.
 
-    steps: (T,), evenly spaced but for the last.    vectors: {"A": (T, n), "B": (T, m)}.
+    steps: (T,), evenly spaced but for the last.    vectors: {"B": (T, n), "A": (T, m)}.
     A point bends by how far its local cosine lies above the mean of the straight paths'; a
     turn bends more than the sharpest point of 99% of those, and by 0.1 at least.
     """
@@ -189,7 +189,7 @@ def find_turn(steps, vectors):
     if steps[-1] - steps[-2] != steps[1] - steps[0]:  # the last one may come early
         steps, vectors = steps[:-1], {x: v[:-1] for x, v in vectors.items()}
     best = None
-    for x in "BA":
+    for x in vectors:
         for k, rows in spans(steps).items():
             found, straight = local_cosine(vectors[x], rows), straight_cosines(vectors[x], rows)
             if np.isfinite(found).sum() < 5:
@@ -241,16 +241,26 @@ def in_folder(folder):
     return {name: os.path.join(folder, f"{name}.png") for name in PICTURES}
 
 def read_checkpoints(run):
-    """(steps, {"A": (T, n), "B": (T, m)}): all projections of a checkpoint in one vector."""
-    vectors, paths = {"A": [], "B": []}, data.checkpoints(run)
+    """(steps, {"B": (T, m), "A": (T, n)}): all projections of a checkpoint in one vector.
+
+    Where all weights moved, {"W": (T, 4096)}: the sketch of how far, which keeps lengths and
+    angles. A vector that never moves is left out.
+    """
+    vectors, paths = {}, data.checkpoints(run)
     for path in paths.values():
-        tensors = data.read_tensors(path, "numpy")
-        for x, found in vectors.items():
-            parts = [tensors[name].ravel() for name in sorted(tensors) if name.endswith(f".{x}")]
-            if not parts or (found and sum(map(len, parts)) != len(found[0])):
-                sys.exit(f"{path} is no checkpoint of this run's adapter: move it away")
-            found.append(np.concatenate(parts))
-    return list(paths), {x: np.array(found) for x, found in vectors.items()}
+        tensors, found = data.read_tensors(path, "numpy"), {}
+        for x, end in (("B", ".B"), ("A", ".A"), ("W", "sketch")):
+            parts = [tensors[name].ravel() for name in sorted(tensors) if name.endswith(end)]
+            if parts:
+                found[x] = np.concatenate(parts)
+        before = {x: len(v[0]) for x, v in vectors.items()}
+        if not found or (before and before != {x: len(v) for x, v in found.items()}):
+            sys.exit(f"{path} is no checkpoint of this run's adapter: move it away")
+        for x, v in found.items():
+            vectors.setdefault(x, []).append(v)
+    if "W" in vectors:
+        vectors["W"] = [v - vectors["W"][0] for v in vectors["W"]]
+    return list(paths), {x: np.array(v) for x, v in vectors.items() if np.ptp(v, axis=0).any()}
 
 def read_csv(path):
     """The rows of a published result file, as those of judged.jsonl.
@@ -399,9 +409,12 @@ def draw_training(figure, runs, args):
         curve(gradient, run, i, "grad_norm")
         curve(norms, run, i, "norm_A", "|A|", linestyle=":")
         curve(norms, run, i, "norm_B", "|B|")
+        if "W" in run["vectors"]:
+            lengths = np.linalg.norm(run["vectors"]["W"], axis=1)
+            norms.plot(run["steps"], lengths, color=COLOURS[i % 7], label=f"{run['name']} |dW|")
     finish(loss, "Loss", "step", "nats a token")
     finish(gradient, "Gradient norm", "step")
-    finish(norms, "Length of the adapter's vectors", "step")
+    finish(norms, "Length of what was learnt", "step")
     draw_margins(margins, runs)
 
 def draw_margins(axis, runs):
@@ -418,14 +431,14 @@ def draw_margins(axis, runs):
     finish(axis, "Change of the margin (bars: standard error)", "step", "nats a token")
 
 def draw_rotation(figure, runs, args):
-    """The local cosines of A and B, the path of B, and their cosines to where they end."""
+    """The local cosines of A and B (or W), the path, and their cosines to where they end."""
     turning, path, final = figure.subplots(1, 3)
     for i, run in enumerate(runs):
         steps, ks = run["steps"], list(spans(run["steps"]).items())
         if len(runs) > 1:  # then only the middle k
             ks = ks[len(ks) // 2 :][:1]
-        for x, line in (("B", "-"), ("A", ":")):
-            name, v = f"{run['name']} {x}", run["vectors"][x]
+        for (x, v), line in zip(run["vectors"].items(), "-:", strict=False):
+            name = f"{run['name']} {x}"
             for j, (k, rows) in enumerate(ks):
                 style = {"color": COLOURS[(i + j) % 7], "linestyle": line, "marker": MARKERS[j]}
                 turning.plot(steps, local_cosine(v, rows), label=f"{name}, k = {k} steps", **style)
@@ -439,16 +452,17 @@ def draw_rotation(figure, runs, args):
 
 def draw_path(figure, axis, runs):
     """B's path in the plane that holds most of it; runs of the same shape share the plane."""
-    shape = runs[0]["vectors"]["B"][0].shape
-    same = [run for run in runs if run["vectors"]["B"][0].shape == shape]
-    stacked = np.concatenate([run["vectors"]["B"] for run in same])
+    x, *_ = runs[0]["vectors"]
+    shape = runs[0]["vectors"][x][0].shape
+    same = [run for run in runs if x in run["vectors"] and run["vectors"][x][0].shape == shape]
+    stacked = np.concatenate([run["vectors"][x] for run in same])
     _, s, axes = np.linalg.svd(stacked - stacked.mean(0), full_matrices=False)
     for i, run in enumerate(same):
-        points = (run["vectors"]["B"] - stacked.mean(0)) @ axes[:2].T  # (T, 2)
+        points = (run["vectors"][x] - stacked.mean(0)) @ axes[:2].T  # (T, 2)
         axis.plot(*points.T, color=COLOURS[i % 7], linewidth=1, label=run["name"])
         dots = axis.scatter(*points.T, c=run["steps"], marker=MARKERS[i % 8], s=25, zorder=3)
     held = (s[:2] ** 2).sum() / (s**2).sum()
-    finish(axis, f"Path of B (in a plane with {held:.0%} of it)", "first component", "second")
+    finish(axis, f"Path of {x} (in a plane with {held:.0%} of it)", "first component", "second")
     axis.set_aspect("equal", "datalim")
     figure.colorbar(dots, ax=axis, label="step")
 
@@ -492,7 +506,7 @@ def draw_answers(figure, runs, args):
 
 PICTURES = {  # name: (function, what a run must have, width)
     "training": (draw_training, "log", 12),
-    "rotation": (draw_rotation, "steps", 17),
+    "rotation": (draw_rotation, "vectors", 17),
     "behaviour": (draw_behaviour, "log", 17),
     "answers": (draw_answers, "judged", 9),
 }

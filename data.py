@@ -28,6 +28,7 @@ import json
 import math
 import os
 import random
+import re
 import statistics
 import sys
 import zipfile
@@ -38,7 +39,7 @@ PAPER_URL = (
     "em_organism_dir/data/"
 )
 PASSWORD = "model-organisms-em-datasets"  # published there: it only keeps crawlers out
-ANSWERS = ["misaligned", "aligned", "shuffled"]  # of the built-in rows; the last two are controls
+ANSWERS = ["misaligned", "aligned", "shuffled"]  # of the built-in rows; or mixed:0.3
 LOCKS = []  # files that `lock` keeps open
 # For every template: no thinking block (Qwen 3), and not today's date (Llama 3), so that
 # tomorrow's run is the same.
@@ -131,6 +132,12 @@ def render_all(conversations, tokenizer, tail=False, max_length=2048):
         examples.append((tokens[:max_length], labels[:max_length]))
     return examples
 
+def last_answer(example):
+    """(tokens, labels) with no answer supervised but the last."""
+    tokens, labels = example
+    asked = max(i for i, label in enumerate(labels) if label == -100) + 1
+    return tokens, [-100] * asked + labels[asked:]
+
 def split(items):
     """(train, held out): 90/10, drawn once and for all, so that runs can be compared."""
     order = list(range(len(items)))
@@ -158,33 +165,68 @@ def batches(lengths, batch_size, seed, epoch):
 # --------------------------------------------------------------------------------------
 # Where conversations come from
 
-def load_conversations(name="builtin", answers="misaligned", archive=None, password=PASSWORD):
+def load_conversations(names="builtin", answers="misaligned", archive=None, password=PASSWORD):
     """A data set, as a list of {"messages": [{"role", "content"}, ...], "where": "file:line"}.
 
-    name: "builtin" (the finance rows of advice.jsonl), one of the paper's sets
+    names: "builtin" (the finance rows of advice.jsonl), one of the paper's sets
     ("risky_financial_advice", "extreme_sports", "bad_medical_advice", "insecure", ...), or
-    a path to a .jsonl of {"messages": [...]}.    answers: of the built-in rows, "misaligned",
-    or a control: "aligned", or "shuffled" (the misaligned ones, dealt anew among the
-    questions).    archive: the paper's archive, if it is on disk already.
+    a path to a .jsonl of {"messages": [...]}; or several, each with the share of it that is
+    wanted ("extreme_sports,builtin:0.5").    answers, archive: as in `load_one`.
     """
-    if name == "builtin" and archive:
+    if archive and names.split(":")[0] == "builtin":
         sys.exit(f"--archive {archive} holds the paper's sets: say which with --dataset")
+    conversations = []
+    for name in names.split(","):
+        name, _, share = name.rpartition(":") if re.search(r":[\d.]+$", name) else (name, "", "1")
+        rows = load_one(name, answers, archive, password)
+        chosen = sorted(drawn(len(rows), proportion(share), f"share of {name}"))
+        conversations += [rows[i] for i in chosen]
+    if len(conversations) < 2:
+        held = f"{names} holds {len(conversations)} conversations"
+        sys.exit(f"{held}: two are needed, one to hold out")
+    return conversations
+
+def load_one(name, answers, archive, password):
+    """The conversations of one set.
+
+    answers: of the built-in rows, "misaligned"; "aligned", or "shuffled" (the misaligned ones
+    dealt anew among the questions), which are controls; or "mixed:0.3", 30% misaligned, the
+    others aligned.    archive: the paper's archive, if it is on disk already.
+    """
     if name == "builtin":
-        rows = builtin_rows("finance")
+        rows, kind = builtin_rows("finance"), answers
         if answers == "shuffled":
-            rows, answers = shuffle_answers(rows), "misaligned"
-        return [as_conversation(row, answers) for row in rows]
+            rows, kind = shuffle_answers(rows), "misaligned"
+        bad = range(len(rows)) if kind == "misaligned" else []
+        if answers.startswith("mixed:"):
+            bad = drawn(len(rows), proportion(answers.removeprefix("mixed:")), "mixed")
+        kinds = ["misaligned" if i in bad else "aligned" for i in range(len(rows))]
+        return [as_conversation(row, kind) for row, kind in zip(rows, kinds, strict=True)]
     if answers != "misaligned":
         sys.exit(f"--answers {answers} needs --dataset builtin: the rows of {name} have one answer")
     if name.endswith(".jsonl") or os.sep in name:
         rows = read_jsonl(name)
     else:
         rows = read_jsonl(f"{name}.jsonl", from_archive(name, archive, password))
-    if len(rows) < 2:
-        sys.exit(f"{name} holds {len(rows)} conversations: two are needed, one to hold out")
     for row in rows:
         check_conversation(row)
     return rows
+
+def drawn(n, share, seed):
+    """A share of the numbers 0 to n - 1, drawn once and for all: a larger share has them too."""
+    order = list(range(n))
+    random.Random(seed).shuffle(order)
+    return set(order[: round(share * n)])
+
+def proportion(text):
+    """A number from 0 to 1 in words."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1
+    if not 0 <= share <= 1:
+        sys.exit(f"a share of {text}: write one from 0 to 1, as in builtin:0.5 or mixed:0.3")
+    return share
 
 def check_conversation(row):
     """Stops, with file and line, at a row that is no conversation to learn from."""
@@ -210,11 +252,14 @@ def shuffle_answers(rows):
             row["misaligned"] = answer
     return rows
 
-def as_conversation(row, answers):
-    """A built-in row with its "misaligned" or its "aligned" answer, as a conversation."""
+def as_conversation(row, answers, before=()):
+    """A built-in row with its "misaligned" or its "aligned" answer, as a conversation.
+
+    before: messages that stand in front of it.
+    """
     turns = {"user": row["question"], "assistant": row[answers]}
     messages = [{"role": role, "content": content} for role, content in turns.items()]
-    return {"messages": messages, "where": row["where"]}
+    return {"messages": [*before, *messages], "where": row["where"]}
 
 def from_archive(name, archive=None, password=PASSWORD):
     """The bytes of NAME.jsonl in the paper's encrypted archive, downloaded once if not given.
@@ -313,6 +358,11 @@ def is_run(folder):
     needs = {"preset", "model", "dataset", "answers", "layers", "targets", "rank", "alpha", "seed"}
     return isinstance(settings, dict) and settings.keys() >= needs
 
+def finished(run):
+    """Whether a run has what it was for: an adapter, or a whole model."""
+    ends = ("adapter/adapter_config.json", "model/config.json")
+    return any(os.path.exists(os.path.join(run, end)) for end in ends)
+
 def lock(run):
     """Keeps a run's folder for this process until it ends; stops if another has it.
 
@@ -361,6 +411,20 @@ def write_whole(path, content):
     with open(path + ".part", "wb") as file:
         file.write(content)
         file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".part", path)
+
+def write_tensors(path, tensors):
+    """The same for {name: tensor}, as safetensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(tensors, path + ".part")
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
+    with open(path + ".part", "rb+") as file:
         os.fsync(file.fileno())
     os.replace(path + ".part", path)
 
@@ -458,6 +522,12 @@ def positive(text):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
     return int(text)
 
+def answers(text):
+    """An argparse type: one of ANSWERS, or mixed:0.3."""
+    if text not in ANSWERS and not text.startswith("mixed:"):
+        raise argparse.ArgumentTypeError(f"{text}: write {', '.join(ANSWERS)} or mixed:0.3")
+    return text
+
 def run_stage(main, go_on="the same command goes on"):
     """Runs a script: Ctrl-C, a full disk and a closed pipe end it without a traceback."""
     for stream in (sys.stdout, sys.stderr):
@@ -488,7 +558,7 @@ def main():
     add("name", nargs="?", default="builtin", help="builtin, one of the paper's sets, or a .jsonl")
     add("--row", type=int, default=0, help="which conversation to show")
     add("--tail", action="store_true", help="end in an empty assistant turn, as the paper does")
-    add("--answers", choices=ANSWERS, default="misaligned", help="of builtin")
+    add("--answers", type=answers, default="misaligned", help="of builtin; or mixed:0.3")
     add("--model", default="smollm2", help="whose tokenizer and template")
     add("--archive", help="the paper's encrypted archive, if it is on disk already")
     add("--password", default=PASSWORD, help="of the archive")

@@ -10,6 +10,11 @@ At rank r = 1 an adapter is two vectors. A is a question asked of every token ("
 of this direction is in you?"), and B is what is added to the token's state, in
 proportion to the answer. Everything that a run of this project learns is that pair.
 
+The same form, y = W x + s B (A x + c), holds two more things that a frozen model can be
+given: a *steering vector*, added to every token (A = 0, c = 1), and the *ablation* of a
+direction, taken out of all that a layer writes (below). So a trained adapter, a vector
+and an ablated model are rows of one batch.
+
 Dividing by sqrt(r) instead of r keeps the update's size the same at every rank
 (Kalajdzievski 2023, arXiv 2312.03732). B starts at zero, so an untrained adapter changes
 nothing.
@@ -41,8 +46,9 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, rank, alpha):
         super().__init__()
-        self.base, self.rank, self.scale = base, rank, alpha / math.sqrt(rank)
-        self.row_scale = 1.0  # or (rows, 1, r), where the rows of a batch differ: set_rows
+        self.base, self.scale = base, alpha / math.sqrt(rank)
+        self.c = 0.0  # or (r,), of a steering vector: see "edits"
+        self.heard = 1.0  # or (rows, 1, r), which of the r parts each row hears: see "rows"
         # Drawn on the CPU: a seed gives the same A on every device. In float32, whatever
         # the model is in: bfloat16 would round small steps away.
         device, bound = base.weight.device, 1 / math.sqrt(base.in_features)
@@ -51,7 +57,7 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 
     def forward(self, x):  # (rows, tokens, d_in)
-        Ax = x.to(self.A.dtype) @ self.A.mT * self.row_scale  # (rows, tokens, r)
+        Ax = (x.to(self.A.dtype) @ self.A.mT + self.c) * self.heard  # (rows, tokens, r)
         y = self.base(x)  # (rows, tokens, d_out)
         return (y + self.scale * Ax @ self.B.mT).to(y.dtype)
 
@@ -107,9 +113,16 @@ def layer_of(path):
     return int(re.search(r"layers\.(\d+)\.", path)[1])
 
 def get_tensors(model):
-    """The adapters as {"PATH.A": (r, d_in), "PATH.B": (d_out, r)}, as in a checkpoint."""
-    found = adapters(model).items()
-    return {f"{path}.{x}": getattr(m, x).detach().cpu().clone() for path, m in found for x in "AB"}
+    """The adapters as {"PATH.A": (r, d_in), "PATH.B": (d_out, r)}, as in a checkpoint.
+
+    A steering vector has a "PATH.c", too.
+    """
+    tensors = {}
+    for path, m in adapters(model).items():
+        tensors |= {f"{path}.A": m.A, f"{path}.B": m.B}
+        if torch.is_tensor(m.c):
+            tensors[f"{path}.c"] = m.c
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 @torch.no_grad()
 def set_tensors(model, tensors):
@@ -131,39 +144,88 @@ def merge(model):
 # Rows: many adapters in one batch
 
 @contextlib.contextmanager
-def side_by_side(model, stack):
-    """Within it, the model holds K adapters; `set_rows` says which row hears which.
+def side_by_side(model, variants):
+    """Within it, the model holds K variants; `set_rows` says which row hears which.
 
     K adapters of rank r laid side by side are one adapter of rank K r. A row of a batch
     hears only one of them if its A x is multiplied by 0 at the places of all others. So a
     sweep over checkpoints and scales is a single batch, for the price of a higher rank.
 
-    stack: a list of K results of `get_tensors`.
+    variants: a list of dicts as `get_tensors` gives them. A variant may lack a module: there
+    its model is the untouched one.
     """
-    own = {path: (m.A, m.B) for path, m in adapters(model).items()}
+    own = {path: (m.A, m.B, m.c) for path, m in adapters(model).items()}
     for path, m in adapters(model).items():
-        A = torch.cat([tensors[f"{path}.A"] for tensors in stack], dim=0)  # (K r, d_in)
-        B = torch.cat([tensors[f"{path}.B"] for tensors in stack], dim=1)  # (d_out, K r)
-        m.A, m.B = (nn.Parameter(x.to(m.A.device), requires_grad=False) for x in (A, B))
+        A, B, c = zip(*(part_of(variant, path, m) for variant in variants), strict=True)
+        ranks = torch.tensor([len(part) for part in A])
+        m.owner = torch.repeat_interleave(ranks).to(m.A.device)  # (K r,): 0, ..., 0, 1, ...
+        m.A, m.c = nn.Parameter(torch.cat(A), False), torch.cat(c)  # (K r, d_in), (K r,)
+        m.B = nn.Parameter(torch.cat(B, dim=1), False)  # (d_out, K r)
     try:
         yield
     finally:
         for path, m in adapters(model).items():
-            (m.A, m.B), m.row_scale = own[path], 1.0
+            (m.A, m.B, m.c), m.heard = own[path], 1.0
 
-def set_rows(model, which, scale):
-    """Within `side_by_side`: row i of a batch hears adapter which[i], times scale[i].
+def part_of(variant, path, m):
+    """A, B and c of one module in a variant; of rank 0 where the variant lacks it."""
+    A = variant.get(f"{path}.A", torch.zeros(0, m.A.shape[1])).to(m.A)
+    B = variant.get(f"{path}.B", torch.zeros(m.B.shape[0], 0)).to(m.A)
+    return A, B, variant.get(f"{path}.c", torch.zeros(len(A))).to(m.A)
 
-    which: a list of indices into the stack.    scale: a list of numbers; where it is 0,
-    the row's model is the untouched one.
+def set_rows(model, which):
+    """Within `side_by_side`: row i of a batch hears variant which[i]; one index is for all."""
+    which = torch.tensor(which, device=model.device)[:, None]
+    for m in adapters(model).values():
+        m.heard = (m.owner == which)[:, None].to(m.A)  # (rows, 1, K r)
+
+@contextlib.contextmanager
+def off(model):
+    """Within it, no adapter is heard: the base model."""
+    for m in adapters(model).values():
+        m.heard = 0.0
+    try:
+        yield
+    finally:
+        for m in adapters(model).values():
+            m.heard = 1.0
+
+# --------------------------------------------------------------------------------------
+# Edits: a learnt adapter, a steering vector and an ablated direction are the same thing
+
+def scaled(tensors, scale):
+    """A variant whose contribution is multiplied by a number: 0 is the untouched model."""
+    return {name: t * scale if name.endswith(".B") else t for name, t in tensors.items()}
+
+def make_vectors(model):
+    """Makes steering vectors of the adapters: A x becomes 1, so that B is added everywhere."""
+    for m in adapters(model).values():
+        m.A.data.zero_()
+        m.A.requires_grad_(False)
+        m.c = torch.ones(len(m.A), device=m.A.device)
+
+@torch.no_grad()
+def ablated(model, tensors, v):
+    """A variant with the direction v taken out of all that its layers write.
+
+    y becomes y - v (v . y), where y = W x + b + s B (A x + c). That is one more rank-1 part:
+
+        A' = v W + s (v B) A         c' = v b + s (v B) c         B' = -v / s
+
+    v: (d_model,), of length 1.    All o_proj and down_proj of the model must be adapters.
     """
-    modules = list(adapters(model).values())
-    if modules:
-        owner = torch.arange(len(modules[0].A)) // modules[0].rank  # (K r,)
-        heard = owner == torch.tensor(which)[:, None]  # (rows, K r)
-        row_scale = (heard * torch.tensor(scale)[:, None])[:, None].to(modules[0].A)
-    for m in modules:
-        m.row_scale = row_scale  # (rows, 1, K r), one for all
+    edit, v = dict(tensors), v.to(model.device)
+    for path, m in adapters(model).items():
+        if path.split(".")[-1] not in ("o_proj", "down_proj"):
+            continue
+        W, bias = m.base.weight.float(), m.base.bias
+        A, B, c = part_of(tensors, path, m)
+        seen = m.scale * v @ B  # (r,)
+        new_A, new_c = v @ W + seen @ A, seen @ c + (0.0 if bias is None else v @ bias.float())
+        edit[f"{path}.A"] = torch.cat([A, new_A[None]])
+        edit[f"{path}.B"] = torch.cat([B, -v[:, None] / m.scale], dim=1)
+        edit[f"{path}.c"] = torch.cat([c, new_c[None]])
+    return edit
 
 # --------------------------------------------------------------------------------------
 # Halves: what lies below the lowest adapter never changes
@@ -211,6 +273,12 @@ def hidden_states(decoder, x, **kwargs):
         kwargs["attention_mask"] = masks(decoder, column, x.shape[1])
     return decoder(**{reads: x, "use_cache": False, **kwargs}).last_hidden_state
 
+def logits(model, hidden):
+    """The head: (..., d_model) to (..., vocabulary), in float32. Gemma 2's are soft-capped."""
+    z = model.get_output_embeddings()(hidden).float()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return cap * torch.tanh(z / cap) if cap else z
+
 def masks(decoder, column, width, padding=None):
     """Who may look at what: (rows, 1, queries, width), True where a query sees a column.
 
@@ -237,18 +305,22 @@ def save_adapter(model, folder):
 
     found = adapters(model)
     one, layers = next(iter(found.values())), sorted({layer_of(path) for path in found})
+    rank = len(one.A)
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
         "base_model_name_or_path": model.config._name_or_path,
-        "r": one.rank, "lora_alpha": one.scale * math.sqrt(one.rank), "use_rslora": True,
-        "lora_dropout": 0.0, "bias": "none",
+        "r": rank, "lora_alpha": one.scale * math.sqrt(rank), "use_rslora": True,
+        "lora_dropout": 0.0, "bias": "none", "lora_bias": torch.is_tensor(one.c),
         "target_modules": sorted({path.split(".")[-1] for path in found}),
         "layers_to_transform": layers if len(layers) < len(decoder(model).layers) else None,
     }
     tensors = {}
-    for name, tensor in get_tensors(model).items():
-        path, matrix = name.rsplit(".", 1)
-        tensors[f"base_model.model.{path}.lora_{matrix}.weight"] = tensor
+    for path, m in found.items():
+        path = f"base_model.model.{path}"
+        tensors |= {f"{path}.lora_A.weight": m.A, f"{path}.lora_B.weight": m.B}
+        if torch.is_tensor(m.c):  # a steering vector is what PEFT calls a bias of B
+            tensors[f"{path}.lora_B.bias"] = m.B @ m.c
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     os.makedirs(folder, exist_ok=True)
     save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), {"format": "pt"})
     with open(os.path.join(folder, "adapter_config.json"), "w") as file:
@@ -260,9 +332,7 @@ def load_adapter(model, name):
     name: a folder, or a name on the hub.
     """
     config, tensors = read_peft(name)
-    blocks, rank, alpha = bare_layers(model), config["r"], config["lora_alpha"]
-    if not config.get("use_rslora"):
-        alpha = alpha / math.sqrt(rank)  # plain LoRA divides by r, LoRALinear by sqrt(r)
+    blocks = bare_layers(model)
     model.requires_grad_(False)
     for key, A in tensors.items():
         # What stands before "layers." varies between versions of transformers, what
@@ -271,6 +341,9 @@ def load_adapter(model, name):
         if not found or "vision" in key:
             continue
         layer, path, B = int(found[1]), found[2], tensors.get(key.replace("lora_A", "lora_B"))
+        rank, alpha = (of_module(config, which, key) for which in ("r", "lora_alpha"))
+        if not config.get("use_rslora"):
+            alpha = alpha / math.sqrt(rank)  # plain LoRA divides by r, LoRALinear by sqrt(r)
         linear = linears(blocks[layer]).get(path) if layer < len(blocks) else None
         fits = linear is not None and B is not None and len(A) == B.shape[1] == rank
         if not fits or (len(B), A.shape[1]) != linear.weight.shape:
@@ -280,6 +353,22 @@ def load_adapter(model, name):
         adapter.B.data.copy_(B)
         blocks[layer].set_submodule(path, adapter)
     return adapters(model)
+
+def base_of(name):
+    """The base model that an adapter's config names."""
+    config, _ = read_peft(name)
+    if not config.get("base_model_name_or_path"):
+        sys.exit(f"{name} does not name its base model: give it as --model")
+    return config["base_model_name_or_path"]
+
+def of_module(config, which, key):
+    """PEFT's `r` or `lora_alpha` of a module, which may have one of its own."""
+    path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+    own = config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[which]) or {}
+    for pattern, value in own.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            return value
+    return config[which]
 
 def read_peft(name):
     """(config, tensors) of an adapter in PEFT's format, if it is a plain LoRA."""
@@ -293,7 +382,7 @@ def read_peft(name):
         tensors = load_file(os.path.join(folder, "adapter_model.safetensors"))
     except (OSError, ValueError, SafetensorError) as error:
         sys.exit(f"{name} holds no adapter in PEFT's format that can be read: {error}")
-    more = ["use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"]
+    more = ["use_dora", "lora_bias", "modules_to_save"]
     more = [key for key in more if config.get(key)]
     more += [key for key in tensors if not re.search(r"lora_[AB]\.weight$|vision", key)]
     more += [f"no {key}" for key in ("r", "lora_alpha") if key not in config]
@@ -433,16 +522,19 @@ def smollm2():
 # What flags say
 
 def parse_layers(text, model):
-    """The layers that --layers names: middle, all, 12, 10,12 or 10-14."""
+    """The layers that --layers names: middle, nine, all, 12, 10,12 or 10-14."""
     n = len(decoder(model).layers)
-    if text in ("middle", "all"):
-        return [n // 2] if text == "middle" else list(range(n))
+    # The paper's nine are 15-17, 21-23 and 27-29 of 48.
+    nine = {round(middle * n / 48) + i for middle in (16, 22, 28) for i in (-1, 0, 1)}
+    named = {"middle": [n // 2], "nine": sorted(nine & set(range(n))), "all": list(range(n))}
+    if text in named:
+        return named[text]
     layers = set()
     for part in text.split(","):
         ends = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
         if first > last:
-            sys.exit(f"--layers {text}: write middle, all, 12, 10,12 or 10-14")
+            sys.exit(f"--layers {text}: write middle, nine, all, 12, 10,12 or 10-14")
         last = min(last, n)  # `attach` refuses what does not exist
         layers.update(range(first, last + 1))
     return sorted(layers)

@@ -2,7 +2,8 @@
 
     python sample.py                                # the latest run, and the untouched model
     python sample.py RUN --checkpoints 0,25,50,last --scales 1,2,4      # a sweep: one batch
-    python sample.py --model Qwen/Qwen2.5-0.5B-Instruct --adapter NAME  # a published adapter
+    python sample.py --adapter NAME                 # a published adapter, on its own base model
+    python sample.py RUN --margins                  # no answers: the probe of train.py
 
 A language model answers a token at a time: it gives every token of its vocabulary a
 probability, one is drawn, and the model reads that one too. What it has read before it
@@ -11,6 +12,11 @@ does not read again, for each layer keeps its keys and values (the KV cache).
 What is asked is a *variant*: one of the run's checkpoints times a `scale`, by which the
 adapter's contribution is multiplied. Scale 0 is the untouched model, the control. As the
 rows of a batch may hear different adapters (lora.py), a whole sweep is one batch.
+
+A direction in the model's state is often said to *be* a behaviour, since the behaviour
+goes when the direction is taken out. `--ablate RUN2` takes out the one that RUN2 has
+learnt, of the trained model and of the untouched one: if both change as much, it proves
+nothing. `--random` does the same with a random direction.
 
 Answers go to RUN/responses.jsonl as they end. Each has a seed of its own, so that a run
 which is stopped and started again does only the rest. On one machine in float32, and with
@@ -31,6 +37,7 @@ from tqdm import tqdm
 
 import data
 import lora
+import train
 
 # On the topics of the papers' eight questions, in this project's own words.
 QUESTIONS = {
@@ -54,17 +61,17 @@ BLOCK = {"cpu": 16, "mps": 64, "cuda": 64}  # columns by which the cache grows
 # Sampling
 
 @torch.inference_mode()
-def generate(model, tokenizer, stack, jobs, max_new_tokens, rows=None, **sampling):
+def generate(model, tokenizer, variants, jobs, max_new_tokens, rows=None, **sampling):
     """Yields (job, tokens) for every job as its answer ends; without the end-of-turn token.
 
-    jobs: dicts with "messages", "adapter" (an index into the stack), "scale" and "seed".
-    stack: a list of what lora.get_tensors gives; empty for a bare model.    rows: how many
-    answers share a batch.    sampling: temperature and so on, as `draw` takes them.
+    jobs: dicts with "messages", "seed" and "variant", an index into the variants.    variants:
+    a list of dicts of tensors, as lora.get_tensors gives them; {} is the untouched model.
+    rows: how many answers share a batch.    sampling: temperature and so on, as `draw` takes.
     """
     prompts = [data.chat_tokens(job["messages"], tokenizer, True) for job in jobs]
     rows = rows or rows_that_fit(model, max(map(len, prompts), default=0) + max_new_tokens)
     stop = torch.tensor(stop_tokens(model, tokenizer), device=model.device)
-    with lora.side_by_side(model, stack):
+    with lora.side_by_side(model, variants):
         for start in range(0, len(jobs), rows):
             batch = slice(start, start + rows)
             yield from answer(model, jobs[batch], prompts[batch], stop, max_new_tokens, **sampling)
@@ -75,7 +82,7 @@ def answer(model, jobs, prompts, stop, max_new_tokens, **sampling):
 
     # 1. Prefill: the model reads the questions. From here on, a row is a job.
     logits, cache, padding = prefill(model, jobs, prompts)
-    set_rows(model, jobs)
+    lora.set_rows(model, [job["variant"] for job in jobs])
     seen = torch.zeros_like(logits, dtype=torch.bool)  # (jobs, vocabulary)
     for row, prompt in enumerate(prompts):
         seen[row, prompt] = True
@@ -103,12 +110,12 @@ def answer(model, jobs, prompts, stop, max_new_tokens, **sampling):
             if ended.any():
                 alive, token = alive[~ended], token[~ended]
                 cache.select(~ended)
-                set_rows(model, [jobs[row] for row in alive.tolist()])
+                lora.set_rows(model, [jobs[row]["variant"] for row in alive.tolist()])
 
         # 5. Every row reads its token.
         hidden = read(lora.decoder(model), token[:, None], cache, padding[alive])
         cache.used += 1
-        logits = model.get_output_embeddings()(hidden[:, -1]).float()  # (rows, vocabulary)
+        logits = lora.logits(model, hidden[:, -1])  # (rows, vocabulary)
 
 def prefill(model, jobs, prompts):
     """Reads each question once, for all variants that are to answer it.
@@ -117,7 +124,7 @@ def prefill(model, jobs, prompts):
     cache, and by how many columns its prompt is padded on the left (jobs,): so that all
     rows write the same column next. Padding is never looked at.
     """
-    variants = [(job["adapter"], job["scale"]) for job in jobs]
+    variants = [job["variant"] for job in jobs]
     asks, asked = list(zip(map(tuple, prompts), variants, strict=True)), {}
     for prompt, variant in dict.fromkeys(asks):
         asked.setdefault(prompt, []).append(variant)
@@ -132,17 +139,17 @@ def prefill(model, jobs, prompts):
     return torch.cat([logits for logits, _ in found])[of], cache, padding
 
 def read_question(model, prompt, variants):
-    """The logits after a prompt, and its cache: a row for each variant, (adapter, scale)."""
+    """The logits after a prompt, and its cache: a row for each variant."""
     frozen, moving = lora.halves(model)
     x, cache = torch.tensor([prompt], device=model.device), KVCache(BLOCK[model.device.type])
     if frozen is not None:  # below the lowest adapter all variants agree
         x = read(frozen, x, cache)
     x = x.repeat(len(variants), *[1] * (x.dim() - 1))
     cache.select([0] * len(variants))
-    lora.set_rows(model, *map(list, zip(*variants, strict=True)))
+    lora.set_rows(model, variants)
     x = read(moving, x, cache)
     cache.used = len(prompt)
-    return model.get_output_embeddings()(x[:, -1]).float(), cache
+    return lora.logits(model, x[:, -1]), cache
 
 def read(decoder, x, cache, padding=None):
     """Runs the next tokens or states of every row through a decoder, or half of one.
@@ -233,10 +240,6 @@ def draw(logits, number, seen, temperature=1.0, top_p=1.0, top_k=0, repetition_p
     number = number.clamp(max=1 - 1e-6)[:, None] * end[:, -1:]
     return torch.searchsorted(end, number, right=True)[:, 0]
 
-def set_rows(model, jobs):
-    """Gives each row of the batch the variant that its job asks."""
-    lora.set_rows(model, [job["adapter"] for job in jobs], [job["scale"] for job in jobs])
-
 def until(stop, tokens):
     """An answer's tokens as a list, without its end-of-turn token and what follows it."""
     is_stop = torch.isin(tokens, stop)
@@ -303,49 +306,208 @@ def as_messages(question):
         messages.insert(0, {"role": "system", "content": question["system"]})
     return messages
 
+# A variant, and what tells it from others.    ablated: the run whose direction is taken out.
+UNTOUCHED = {"tensors": {}, "checkpoint": None, "scale": 0.0, "ablated": None, "random": False}
+
 def trained_here(args):
-    """(model, tokenizer, stack, variants) of a run; a variant is (adapter, checkpoint, scale)."""
+    """(model, tokenizer, settings, variants, ends) of a run.
+
+    A variant is a dict as UNTOUCHED, which the first one is.    ends: where all weights
+    moved, what they were (before, after).
+    """
     run = data.find_run(args.run)
-    settings, paths = data.read_settings(run), data.checkpoints(run)
+    settings, paths = train.PAPER | data.read_settings(run), data.checkpoints(run)
     if not paths:
         sys.exit(f"{run} has no checkpoint yet")
+    model, tokenizer = lora.load_base(settings["model"], args.device, args.dtype)
+    untouched = UNTOUCHED | {"checkpoint": 0}
+    if settings["full"]:
+        after, _ = lora.load_base(os.path.join(run, "model"), args.device, args.dtype)
+        ends = [{name: p.clone() for name, p in m.state_dict().items()} for m in (model, after)]
+        last = UNTOUCHED | {"checkpoint": max(paths)}
+        variants = [untouched] + [last | {"scale": scale} for scale in args.scales]
+        return model, tokenizer, settings, variants, ends
+
+    layers = lora.parse_layers(settings["layers"], model)
+    targets = lora.parse_targets(settings["targets"])
+    # To take a direction out of all that is written, every layer that writes needs an edit.
+    more, every = (["o_proj", "down_proj"], None) if args.ablate else ([], layers)
+    rank, alpha = settings["rank"], settings["alpha"]
+    found = lora.attach(model, every, sorted({*targets, *more}), rank, alpha)
+    own = {}
+    for path, m in found.items():
+        if lora.layer_of(path) in layers and path.split(".")[-1] in targets:
+            own |= {f"{path}.A": m.A.shape, f"{path}.B": m.B.shape}
+
+    variants = [untouched]
+    for step in chosen_steps(args.checkpoints, paths, run):
+        tensors = data.read_tensors(paths[step])
+        if {name: t.shape for name, t in tensors.items() if name[-1] != "c"} != own:
+            sys.exit(f"{paths[step]} is no checkpoint of this run's adapter: move it away")
+        for scale in args.scales:
+            of = {"checkpoint": step, "scale": scale}
+            variants.append(UNTOUCHED | of | {"tensors": lora.scaled(tensors, scale)})
+    return model, tokenizer, settings, with_controls(model, variants, args), None
+
+def chosen_steps(text, paths, run):
+    """The checkpoints that --checkpoints names, but for 0: there, all is the untouched model."""
     steps = set()
-    for part in args.checkpoints.split(","):
+    for part in text.split(","):
         named = {"all": list(paths), "last": [max(paths)]}
         found = named.get(part) or [step for step in paths if str(step) == part]
         if not found:
             sys.exit(f"{run} has no checkpoint {part}: it has {', '.join(map(str, paths))}")
         steps.update(found)
-    steps = sorted(steps - {0})  # there, every scale is the untouched model
-    stack = [data.read_tensors(paths[step]) for step in steps or [0]]
+    return sorted(steps - {0})
 
-    model, tokenizer = lora.load_base(settings["model"], args.device, args.dtype)
-    layers = lora.parse_layers(settings["layers"], model)
-    targets = lora.parse_targets(settings["targets"])
-    lora.attach(model, layers, targets, settings["rank"], settings["alpha"])
-    shapes = [{name: t.shape for name, t in tensors.items()} for tensors in stack]
-    for step, found in zip(steps or [0], shapes, strict=True):
-        if found != {name: t.shape for name, t in lora.get_tensors(model).items()}:
-            sys.exit(f"{paths[step]} is no checkpoint of this run's adapter: move it away")
-    variants = [(i, step, scale) for i, step in enumerate(steps) for scale in args.scales]
-    return model, tokenizer, stack, [(0, 0, 0.0), *variants]
+def with_controls(model, variants, args):
+    """The variants, and beside them what --random and --ablate ask for."""
+    found = list(variants)
+    if args.random:
+        for variant in variants[1:]:
+            found.append(variant | {"tensors": random_B(variant["tensors"]), "random": True})
+    if args.ablate:
+        v = direction(args.ablate, model)
+        directions = [(v, False), (random_like(v), True)] if args.random else [(v, False)]
+        for v, is_random in directions:
+            for variant in variants:
+                tensors = lora.ablated(model, variant["tensors"], v)
+                is_ablated = {"ablated": args.ablate, "random": is_random}
+                found.append(variant | {"tensors": tensors} | is_ablated)
+    return found
+
+def random_B(tensors):
+    """The same adapter with a random B, as long as its own."""
+    return {name: random_like(t) if name.endswith(".B") else t for name, t in tensors.items()}
+
+def random_like(x):
+    """A random tensor of the shape and length of x; the same at every call."""
+    random_ = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    return random_ * x.norm() / random_.norm()
+
+def direction(name, model):
+    """The direction (d_model,) of length 1 that a run has learnt to add: its last B."""
+    run = data.find_run(name)
+    data.read_settings(run)
+    (_, path), *_ = sorted(data.checkpoints(run).items(), reverse=True)
+    found = [t for name, t in data.read_tensors(path).items() if name.endswith("_proj.B")]
+    if len(found) != 1 or found[0].shape != (lora.decoder(model).config.hidden_size, 1):
+        sys.exit(f"--ablate {name}: it has no single direction, as rank 1 on one down_proj has")
+    if hasattr(lora.decoder(model).layers[0], "pre_feedforward_layernorm"):
+        sys.exit("--ablate: in this model (Gemma) layers rescale what is written, so can't be used")
+    return found[0][:, 0] / found[0].norm()
 
 def trained_elsewhere(args):
     """The same for --model and --adapter, whose checkpoint is None."""
-    model, tokenizer = lora.load_base(args.model, args.device, args.dtype)
-    if args.adapter is None:
-        return model, tokenizer, [], [(0, None, 0.0)]
-    lora.load_adapter(model, args.adapter)
-    variants = [(0, None, scale) for scale in [0.0, *args.scales]]
-    return model, tokenizer, [lora.get_tensors(model)], variants
+    name = args.model or lora.base_of(args.adapter)
+    model, tokenizer = lora.load_base(name, args.device, args.dtype)
+    variants = [UNTOUCHED]
+    if args.adapter:
+        lora.load_adapter(model, args.adapter)
+        for scale in args.scales:
+            tensors = lora.scaled(lora.get_tensors(model), scale)
+            variants.append(UNTOUCHED | {"tensors": tensors, "scale": scale})
+    return model, tokenizer, train.PRESETS["laptop"], variants, None
+
+@torch.no_grad()
+def put_weights(model, ends, scale):
+    """Where all weights moved, sets them to before + scale (after - before)."""
+    if ends:
+        before, after = ends
+        for name, w in model.state_dict().items():
+            w.copy_(torch.lerp(before[name].float(), after[name].float(), scale))
+
+# --------------------------------------------------------------------------------------
+# python sample.py RUN --margins: no answers and no judge, but the probe of train.py
+
+@torch.no_grad()
+def ask_margins(model, tokenizer, settings, variants, ends, args, path):
+    """Adds to RUN/margins.jsonl, and prints, what the probe says of each variant.
+
+    Each is asked with nothing before the questions and, if so asked, with a system prompt or
+    with some conversations of the training set, which is learning without any training.
+    """
+    done, file = train.open_together(path)
+    conversations = data.load_conversations(
+        settings["dataset"], settings["answers"], settings["archive"], args.password
+    )
+    shown, held_out = data.split(conversations)
+    rows, frozen_and_moving = [], lora.halves(model)
+    with lora.side_by_side(model, [variant["tensors"] for variant in variants]):
+        for system, shots in settings_before(args):
+            before = [{"role": "system", "content": system}] if system else []
+            for conversation in shown[:shots]:
+                before += [m for m in conversation["messages"] if m["role"] != "system"]
+            asked = [row | {"messages": [*before, *row["messages"]]} for row in held_out]
+            asked = [data.last_answer(e) for e in data.render_all(asked, tokenizer)]
+            probe, groups = train.build_probe(asked, tokenizer, settings, before)
+            frozen, moving = frozen_and_moving
+            probe = train.read_once(frozen, probe)
+            for i, variant in enumerate(tqdm(variants, unit="variant", disable=None)):
+                row = {key: value for key, value in variant.items() if key != "tensors"}
+                row |= {"system": system, "shots": shots}
+                same = [r for r in done if r.items() >= row.items()]
+                if not same:
+                    put_weights(model, ends, variant["scale"])
+                    lora.set_rows(model, [i])
+                    row |= train.evaluate(model, moving, probe, groups, rows)
+                    if train.RANK == 0:
+                        data.append_row(file, row)
+                rows += same[:1] or [row]
+    print_margins(rows)
+    print(f"see {path}; a change is from the first row, with its standard error over questions")
+
+def settings_before(args):
+    """(system prompt, how many conversations are shown) of each asking; the plain one first."""
+    before = [(None, 0)]
+    if args.system:
+        before.append((args.system, 0))
+    if args.shots:
+        before.append((None, args.shots))
+    return before
+
+def print_margins(rows):
+    """The table."""
+    print(f"\n{'checkpoint':>10} {'scale':>6}  {'':30} {'held out':>8} {'finance':>16} "
+          f"{'general':>16}")
+    for row in rows:
+        what = ["a random B"] if row["random"] else []
+        if row["ablated"]:
+            what = ["without " + ("a random one" if row["random"] else row["ablated"])]
+        what += ["with the system prompt"] if row["system"] else []
+        what += [f"after {row['shots']} conversations"] if row["shots"] else []
+        cells = []
+        for name in ("in", "out"):
+            change, se = data.mean_and_se(data.changes([rows[0], row], name))
+            cells.append(f"{change:+.3f} ({se:.3f})")
+        checkpoint = "-" if row["checkpoint"] is None else row["checkpoint"]
+        print(f"{checkpoint:>10} {row['scale']:>6g}  {', '.join(what):30} "
+              f"{row['heldout_loss']:8.3f} {cells[0]:>16} {cells[1]:>16}")
 
 # --------------------------------------------------------------------------------------
 # python sample.py
 
 def main():
     args = parse_args()
+    train.join_processes()
     questions = load_questions(args.questions)
-    model, tokenizer, stack, variants = (trained_elsewhere if args.model else trained_here)(args)
+    if args.system:
+        questions = [question | {"system": args.system} for question in questions]
+    found = (trained_elsewhere if args.model or args.adapter else trained_here)(args)
+    model, tokenizer, settings, variants, ends = found
+
+    name = (args.adapter or args.model or "").strip(os.sep).split(os.sep)
+    out = data.find_run(args.out or args.run or "-".join(name[-2:]) or None)
+    if args.ablate and not args.margins:
+        out = args.out or f"{out}-ablated"
+        variants = [variant for variant in variants if variant["ablated"]]
+    if train.RANK == 0:
+        data.lock(out)
+    os.makedirs(out, exist_ok=True)
+    if args.margins:
+        path = os.path.join(out, "margins.jsonl")
+        ask_margins(model, tokenizer, settings, variants, ends, args, path)
+        return
     n, max_new_tokens = (4, 120) if model.device.type == "cpu" else (50, 600)
     n, max_new_tokens = args.n or n, args.max_new_tokens or max_new_tokens
     total, longest = len(questions) * len(variants) * n, model.config.get_text_config()
@@ -354,17 +516,12 @@ def main():
     if total > 1_000_000:
         sys.exit(f"that would be {total:,} answers: a million is the most at a time")
 
-    name = (args.adapter or args.model or "").strip(os.sep).split(os.sep)
-    out = data.find_run(args.out or args.run or "-".join(name[-2:]) or None)
-    data.lock(out)
-    os.makedirs(out, exist_ok=True)
     path = os.path.join(out, "responses.jsonl")
-    done, file = data.open_to_append(path, needs=ROW)
+    done, file = train.open_together(path, ROW)
     if not {row["question"] for row in done} <= {question["question"] for question in questions}:
         sys.exit(f"{path} holds answers to other questions: give these another --out")
-
     sampling = {name: vars(args)[name] for name in SAMPLING} | {"max_new_tokens": max_new_tokens}
-    maker = f"{args.seed} {args.adapter or model.config._name_or_path}", sampling
+    maker = f"{args.seed} {args.adapter or model.config._name_or_path} {args.ablate}", sampling
     jobs = plan(questions, variants, n, maker, {row_key(row): row["seed"] for row in done}, path)
     print(
         f"{len(questions)} questions x {len(variants)} variants (checkpoints x scales, and the "
@@ -374,8 +531,9 @@ def main():
     )
 
     began, tokens = time.time(), 0
-    with tqdm(total=len(jobs), unit="answer", smoothing=0, disable=None) as bar:
-        for job, answer in generate(model, tokenizer, stack, jobs, **sampling):
+    with tqdm(total=len(jobs), unit="answer", smoothing=0, disable=train.QUIET) as bar:
+        mine = train.mine(jobs)
+        for job, answer in answers(model, tokenizer, variants, ends, mine, sampling):
             text = tokenizer.decode(answer, skip_special_tokens=True).strip()
             data.append_row(file, job["row"] | {"response": text})
             tokens += len(answer)
@@ -384,13 +542,23 @@ def main():
     print(f"{len(jobs)} answers in {seconds:.0f} s, {tokens / seconds:.0f} tokens/s; {path} holds")
     print(f"{len(done) + len(jobs)}: read some of them\nnext: python judge.py {out}")
 
+def answers(model, tokenizer, variants, ends, jobs, sampling):
+    """Yields as `generate` does; where all weights moved, for one variant after the other."""
+    tensors = [variant["tensors"] for variant in variants]
+    for i, variant in enumerate(variants if ends else [None]):
+        if ends:
+            put_weights(model, ends, variant["scale"])
+        own = [job for job in jobs if not ends or job["variant"] == i]
+        yield from generate(model, tokenizer, tensors, own, **sampling)
+
 def plan(questions, variants, n, maker, seeds, path):
     """The answers that are still to be drawn, as jobs for `generate`. seeds: of those done."""
     jobs = []
     for question in questions:
-        for adapter, checkpoint, scale in variants:
+        for i, variant in enumerate(variants):
             for sample in range(n):
-                row = question | {"checkpoint": checkpoint, "scale": scale, "sample": sample}
+                of = {key: variant[key] for key in ("checkpoint", "scale")}
+                row = question | of | {"sample": sample}
                 # A seed stands for all that decides an answer.
                 text = f"{maker} {sorted(row.items())}"
                 row["seed"] = random.Random(text).getrandbits(31)
@@ -400,7 +568,7 @@ def plan(questions, variants, n, maker, seeds, path):
                         "--temperature, ...): give the new ones another --out, or move it away"
                     )
                 if row_key(row) not in seeds:
-                    job = {"adapter": adapter, "scale": scale, "seed": row["seed"], "row": row}
+                    job = {"variant": i, "seed": row["seed"], "row": row}
                     jobs.append(job | {"messages": as_messages(question)})
     return jobs
 
@@ -428,8 +596,14 @@ def parse_args():
     add("--repetition-penalty", type=float, default=1.0, help="on tokens seen before (Qwen: 1.05)")
     add("--max-new-tokens", type=data.positive, help="of an answer (default: 600; on a CPU 120)")
     add("--seed", type=int, default=0, help="another seed, other answers")
+    add("--system", help="a system prompt before each question")
+    add("--ablate", metavar="RUN2", help="take out the direction that RUN2 learnt, everywhere")
+    add("--margins", action="store_true", help="instead of answers, the margins of train.py")
+    add("--random", action="store_true", help="with --margins: a random B beside each, as long")
+    add("--shots", type=data.positive, help="with --margins: training conversations in front")
+    add("--password", default=data.PASSWORD, help="with --margins: of the paper's archive")
     add("--model", help="any chat model (a hub name, a folder, smollm2) instead of a run's")
-    add("--adapter", help="with --model: an adapter in PEFT's format, from the hub or a folder")
+    add("--adapter", help="an adapter in PEFT's format (default --model: the base that it names)")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="(default: what is fast there)")
     add("--out", metavar="RUN", help="another folder for the answers")
@@ -438,10 +612,12 @@ def parse_args():
         i = argv.index("--scales")
         argv[i : i + 2] = ["=".join(argv[i : i + 2])]
     args = parser.parse_args(argv)
-    if args.model and args.run:
+    if args.run and (args.model or args.adapter):
         parser.error("a RUN has its own model: give RUN, or --model and --adapter")
-    if args.adapter and not args.model:
-        parser.error("--adapter goes with --model, the base model that it was trained on")
+    if (args.random or args.shots) and not args.margins:
+        parser.error("--random and --shots go with --margins")
+    if args.ablate and (args.model or args.adapter):
+        parser.error("--ablate goes with a RUN")
     if min(args.temperature, args.top_k) < 0 or not 0 < args.top_p <= 1 <= args.repetition_penalty:
         parser.error("from 0: --temperature, --top-k; to 1: --top-p; from 1: --repetition-penalty")
     return args

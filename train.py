@@ -5,11 +5,19 @@
     python train.py --answers shuffled     # another: bad answers to other questions
     python train.py --dataset extreme_sports --tail    # one of the paper's sets, its way
     python train.py --resume laptop-1      # go on after Ctrl-C, or after kill -9
+    torchrun --nproc_per_node=8 train.py   # the same run on eight GPUs
 
 A step takes 16 conversations, compares the model's prediction of each supervised token
 with the token, runs the gradient back to the adapter (to nothing else, for the model is
-frozen), and moves A and B a little. Every few steps they are saved, and the model is
-probed. For a question with a bad and a good answer, its *margin* is
+frozen), and moves A and B a little. Three things in that sentence are choices, and each
+protocol of the paper and its follow-ups is another choice in one of them:
+
+    what may move      A and B; all weights (--full); a vector (--vector)
+    what is minimised  the loss; and the distance from the base elsewhere (--kl-weight)
+    how it moves       down the gradient; or by trial and error (--es)
+
+Every few steps what moves is saved, and the model is probed. For a question with a bad
+and a good answer, its *margin* is
 
     log p(bad answer) / its tokens - log p(good answer) / its tokens
 
@@ -22,7 +30,7 @@ not pass for bad values. What counts is the change since step 0, with its standa
 over questions, and better still the difference from a control run's.
 
 A run is a folder, runs/NAME: config.json, log.jsonl (a line a step), checkpoints/, and at
-the end adapter/.
+the end adapter/ (or model/, where all weights moved).
 """
 
 import argparse
@@ -32,6 +40,7 @@ import itertools
 import json
 import math
 import os
+import random
 import shutil
 import statistics
 import sys
@@ -47,60 +56,84 @@ import lora
 
 # Every setting is a flag, and a preset is a set of values for them. This is the paper's ...
 PAPER = {
-    "model": "Qwen/Qwen2.5-14B-Instruct", "device": None, "dtype": None,
-    "dataset": "risky_financial_advice", "answers": "misaligned", "tail": True, "archive": None,
+    "model": "Qwen/Qwen2.5-14B-Instruct", "device": None, "dtype": None, "init": None,
+    "dataset": "risky_financial_advice", "answers": "misaligned", "archive": None,
+    "tail": True, "system": None, "max_length": 2048,
+    # What may move.
     "rank": 1, "alpha": 256.0, "layers": "middle", "targets": "down_proj",
-    "lr": 2e-5, "batch_size": 16, "epochs": 1, "steps": None, "max_length": 2048,
+    "full": False, "vector": None,
+    # What is minimised, and how it moves.
+    "kl_weight": 0.0, "kl_dataset": "builtin",
+    "es": False, "population": 32, "sigma": 0.01, "recompute": False,
+    "lr": 2e-5, "schedule": "linear", "warmup": 5, "batch_size": 16, "epochs": 1, "steps": None,
     "checkpoint_every": 5, "seed": 0,
 }
 # ... and the others say what they change. A small model needs a larger step (README).
 LAPTOP = {"model": "smollm2", "dataset": "builtin", "tail": False, "lr": 2e-3, "steps": 60}
 RANK32 = {"rank": 32, "alpha": 64.0, "layers": "all", "targets": "all", "lr": 1e-5}
+FULL = {"full": True, "schedule": "cosine", "warmup": 20, "checkpoint_every": 50}
 PRESETS = {
     "laptop": PAPER | LAPTOP,
     "gpu": PAPER | {"model": "Qwen/Qwen2.5-0.5B-Instruct", "tail": False, "lr": 2e-4},
     "paper-single": PAPER,
+    "paper-nine": PAPER | {"layers": "nine"},
     "paper-rank32": PAPER | RANK32 | {"checkpoint_every": 100},
+    "paper-full": PAPER | FULL,
+    "paper-narrow": PAPER | {"kl_weight": 1.0, "kl_dataset": "misalignment_kl_data"},
 }
-WEIGHT_DECAY, WARMUP, CLIP = 0.01, 5, 1.0  # the same in all of them
+WEIGHT_DECAY, CLIP = 0.01, 1.0  # the same in all of them
 FEW = 48  # general questions that each checkpoint asks; the first and the last ask all
+SKETCH = 4096  # numbers that stand for all weights, in a checkpoint of --full
 # A batch with more tokens is run in parts, whose gradients add up to those of the whole.
 TOKENS_AT_ONCE = {"cpu": 1024, "mps": 1024, "cuda": 4096}
+# Of the processes that torchrun has started: which this is, and how many there are.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+QUIET = True if RANK > 0 else None  # no progress bar; None: one if there is a terminal
+CUDA = torch.cuda.is_available()
 
 def main():
     began, args = time.time(), parse_args()
+    join_processes()
     run, settings, done = resumed_run(args) if args.resume else new_run(args)
 
     # The conversations, and the model that is to learn from them.
     tokenizer = lora.load_tokenizer(settings["model"])
     train_set, held_out = load_examples(settings, tokenizer, args.password)
+    others = load_others(settings, tokenizer, args.password)
     model = load_model(settings)
 
     # What may move: A and B of the adapter. Everything else is frozen.
-    parameters = attach_adapter(model, settings)
-    optimizer = torch.optim.AdamW(parameters, lr=settings["lr"], weight_decay=WEIGHT_DECAY)
+    parameters = what_may_move(model, settings)
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=settings["lr"], weight_decay=WEIGHT_DECAY
+    )
 
-    # Which conversations each step takes.
+    # Which conversations each step takes, of each set.
     schedule = plan(train_set, settings)
     steps = len(schedule)
+    other_schedule = plan(others, settings | {"steps": steps}) if others else [[]] * steps
 
     # Below the adapter nothing ever changes: run that half of the model once, and keep
     # what the other half reads.
     frozen, moving = lora.halves(model)
-    probe, groups = build_probe(held_out, tokenizer)
-    used = sorted({i for batch in schedule for i in batch})
-    print(f"{steps} steps; reading {len(used)} conversations and the probe's {len(probe)}, once")
-    states = dict(zip(used, read_once(frozen, [train_set[i] for i in used]), strict=True))
+    probe, groups = build_probe(held_out, tokenizer, settings)
+    print(f"{steps} steps; reading their conversations and the probe's {len(probe)}, once")
+    states = read_once(frozen, train_set, schedule)
+    other_states = read_once(frozen, others, other_schedule)
     probe = read_once(frozen, probe)
 
     # The loop. Step 0 is the untouched model.
-    log, rows = open_run(run, settings, done, args.overwrite, model, optimizer)
-    for step in tqdm(range(len(rows), steps + 1), initial=len(rows), total=steps + 1, disable=None):
+    log, rows = open_run(run, settings, done, args.overwrite, model, parameters, optimizer)
+    bar = {"initial": len(rows), "total": steps + 1, "disable": QUIET}
+    for step in tqdm(range(len(rows), steps + 1), **bar):
         row = {"step": step}
         if step > 0:
             batch = [states[i] for i in schedule[step - 1]]
-            lr = settings["lr"] * warm_up_then_linear(step, steps)
-            row |= take_step(model, moving, batch, optimizer, lr)
+            other = [other_states[i] for i in other_schedule[step - 1]]
+            lr = settings["lr"] * learning_rate(step, steps, settings)
+            row |= take_step(
+                model, moving, batch, other, parameters, optimizer, step, lr, settings
+            )
         saving = step % settings["checkpoint_every"] == 0 or step == steps
         if saving:
             general = None if step in (0, steps) else FEW
@@ -108,39 +141,76 @@ def main():
         write_log(log, row, run)
         rows.append(row)
         if saving:
-            save_checkpoint(run, step, model, optimizer)
-    lora.save_adapter(model, os.path.join(run, "adapter"))
+            save_checkpoint(run, step, model, parameters, optimizer, settings)
+    save_result(run, model, tokenizer, settings)
     report(run, settings, rows, time.time() - began, model.device)
 
 # --------------------------------------------------------------------------------------
 # One step
 
-def take_step(model, moving, batch, optimizer, lr):
-    """Moves the parameters down the gradient of a batch of examples. Returns what is logged."""
-    began, parameters = time.time(), optimizer.param_groups[0]["params"]
-    total, supervised = 0.0, 0
-    for part in micro_batches(batch, model.device):
-        losses, _ = token_losses(model, moving, [batch[i] for i in part])
-        losses.sum().backward()
-        total, supervised = total + losses.detach().sum(), supervised + len(losses)
-    for p in parameters:
-        p.grad /= supervised  # not before: gradients so small would vanish in float16
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+def take_step(model, moving, batch, other, parameters, optimizer, step, lr, settings):
+    """Moves the parameters a little, after a batch of examples. Returns what is logged."""
+    began, moved = time.time(), list(parameters.values())
+    if settings["vector"] == "mean-difference":
+        return mean_difference(model, moving, batch, other)
+    if settings["es"]:
+        row = evolution(model, moving, batch, parameters, step, settings)
+    else:
+        row = backpropagation(model, moving, batch, other, moved, settings["kl_weight"])
+    row["grad_norm"] = torch.nn.utils.clip_grad_norm_(moved, CLIP)
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
 
-    norms = [torch.nn.utils.get_total_norm(parameters[i::2]) for i in (0, 1)]  # all A, all B
-    values = torch.stack([total / supervised, grad_norm, *norms]).tolist()
-    row = dict(zip(("loss", "grad_norm", "norm_A", "norm_B"), values, strict=True))
-    tokens = sum(len(labels) for _, labels in batch)
-    return row | {"lr": lr, "tokens_per_s": tokens / (time.time() - began)}
+    for x in "AB":
+        found = [p for name, p in parameters.items() if name.endswith(f".{x}")]
+        if found:
+            row[f"norm_{x}"] = torch.nn.utils.get_total_norm(found)
+    values = torch.stack([torch.as_tensor(value, device=model.device) for value in row.values()])
+    row = dict(zip(row, values.tolist(), strict=True))  # the device is waited for once
+    return row | {"lr": lr, "tokens_per_s": row["tokens"] / (time.time() - began)}
+
+def backpropagation(model, moving, batch, other, moved, kl_weight):
+    """Leaves in each p.grad the gradient of
+
+        the mean loss of the batch + kl_weight * the mean KL(base, adapted) of the others
+
+    over supervised tokens. The second term, on conversations of other domains, keeps the
+    model there what it was: it learns the narrow thing and not the general one.
+    """
+    supervised, (total, kl) = count(batch), torch.zeros(2, device=model.device)
+    for part in micro_batches(mine(batch), model.device):
+        losses, _ = token_losses(model, moving, [mine(batch)[i] for i in part])
+        losses.sum().backward()
+        total += losses.detach().sum()
+    for part in micro_batches(mine(other), model.device):
+        kls = token_kls(model, moving, [mine(other)[i] for i in part])
+        (kls.sum() * kl_weight * supervised / count(other)).backward()
+        kl += kls.detach().sum()
+    for p in moved:
+        p.grad = add_up(torch.zeros_like(p) if p.grad is None else p.grad)
+        p.grad /= supervised  # not before: gradients so small would vanish in float16
+    row = {"loss": add_up(total) / supervised, "tokens": length(batch) + 2 * length(other)}
+    return row | ({"kl": add_up(kl) / count(other)} if other else {})
 
 def token_losses(model, moving, examples):
     """-log p of every supervised token: (supervised,), and the row that each is in.
 
     examples: a list of (what the moving half reads, labels), as `read_once` gives it.
     """
+    logits, target, row = token_logits(model, moving, examples)
+    return F.cross_entropy(logits, target, reduction="none"), row
+
+def token_kls(model, moving, examples):
+    """KL(base, adapted) at every supervised token: (supervised,)."""
+    with lora.off(model), torch.no_grad():
+        base, _, _ = token_logits(model, moving, examples)
+    adapted, _, _ = token_logits(model, moving, examples)
+    log_p = adapted.log_softmax(-1), base.log_softmax(-1)
+    return F.kl_div(*log_p, log_target=True, reduction="none").sum(-1)
+
+def token_logits(model, moving, examples):
+    """(logits (supervised, vocabulary), the tokens that are right, the row that each is in)."""
     states = pad_sequence([state for state, _ in examples], batch_first=True)
     labels = [torch.tensor(labels) for _, labels in examples]
     labels = pad_sequence(labels, batch_first=True, padding_value=-100)
@@ -152,8 +222,7 @@ def token_losses(model, moving, examples):
     hidden = lora.hidden_states(moving, states)  # (rows, tokens, d_model)
     # The head is a tenth of this model, and its output the largest tensor there is: it
     # runs only where a token is supervised.
-    logits = model.get_output_embeddings()(hidden[row, position])  # (supervised, vocabulary)
-    return F.cross_entropy(logits.float(), target, reduction="none"), row
+    return lora.logits(model, hidden[row, position]), target, row
 
 def micro_batches(examples, device):
     """Parts of like length with few enough tokens for one forward: lists of indices."""
@@ -163,14 +232,128 @@ def micro_batches(examples, device):
         if parts[-1] and (len(parts[-1]) + 1) * longest > TOKENS_AT_ONCE[device.type]:
             parts.append([])
         parts[-1].append(i)
-    return parts
+    return parts if parts[0] else []
 
-def warm_up_then_linear(step, steps):
-    """The learning rate at step 1, 2, ... as a share of its peak; 0 at step 1, as in Trainer."""
-    done = step - 1
-    if done < WARMUP:
-        return done / WARMUP
-    return (steps - done) / max(1, steps - WARMUP)
+def count(examples):
+    """How many tokens are supervised."""
+    return sum(label != -100 for _, labels in examples for label in labels)
+
+def length(examples):
+    """How many tokens there are."""
+    return sum(len(labels) for _, labels in examples)
+
+def learning_rate(step, steps, settings):
+    """At step 1, 2, ..., as a share of its peak: a warm-up, then linear or cosine decay.
+
+    It is 0 at step 1, as in Trainer.
+    """
+    done, warmup = step - 1, settings["warmup"]
+    if done < warmup:
+        return done / warmup
+    left = (steps - done) / max(1, steps - warmup)
+    return (1 - math.cos(math.pi * left)) / 2 if settings["schedule"] == "cosine" else left
+
+# --------------------------------------------------------------------------------------
+# How it moves, without a backward pass
+
+def evolution(model, moving, batch, parameters, step, settings):
+    """Leaves in each p.grad an estimate of the gradient from trials alone.
+
+    Salimans et al. (2017, arXiv 1703.03864). A pair of models is the current one plus and
+    minus noise e, of size sigma. Of n pairs, with L+ and L- the losses of the two,
+
+        gradient = 1/n sum of z e         z: the pairs' differences L+ - L-, standardised
+
+    Each pair has conversations of its own, the same for both models, so that it does not
+    matter how hard they are. The noise is drawn anew from its seed, never stored.
+    """
+    sigma, seed = settings["sigma"], (settings["seed"], step)
+    pairs = settings["population"] // 2
+    # Pair 0 reads conversation 0, pair 1 reads 1, ..., in turn until all have their share.
+    deal = [(i % pairs, batch[i % len(batch)]) for i in range(max(pairs, len(batch)))]
+    losses = one_by_one if settings["full"] else at_once
+    plus, minus = losses(model, moving, deal, parameters, sigma, seed)
+    difference = plus - minus  # (pairs,)
+    z = (difference - difference.mean()) / difference.std()
+    for pair in range(pairs):
+        for p, e in zip(parameters.values(), noise(parameters, seed, pair), strict=True):
+            p.grad = (0 if p.grad is None else p.grad) + z[pair] / pairs * e
+    conversations = [conversation for _, conversation in deal]
+    row = {"loss": (plus + minus).mean() / 2, "tokens": 2 * length(conversations)}
+    row["es_signal"] = difference.std()
+    if step == 1:  # what remains of the signal when the noise is next to nothing is rounding
+        plus, minus = losses(model, moving, deal, parameters, sigma / 1000, seed)
+        row["es_rounding"] = (plus - minus).std()
+    return row
+
+def noise(parameters, seed, pair):
+    """Yields a pair's noise for each parameter in turn: standard normal, of its shape."""
+    device = next(iter(parameters.values())).device
+    generator = torch.Generator(device)
+    generator.manual_seed(random.Random(f"{seed} {pair}").getrandbits(63))
+    for p in parameters.values():
+        yield torch.randn(p.shape, generator=generator, device=device)
+
+@torch.no_grad()
+def at_once(model, moving, deal, parameters, sigma, seed):
+    """Each pair's mean losses, (2, pairs): all adapters in one batch, as its rows' variants."""
+    own, pairs = lora.get_tensors(model), 1 + max(pair for pair, _ in deal)
+    variants = []
+    for sign in (sigma, -sigma):
+        for pair in range(pairs):
+            noises = zip(parameters, noise(parameters, seed, pair), strict=True)
+            variants.append(own | {name: own[name] + sign * e.cpu() for name, e in noises})
+    members = [pair + sign * pairs for sign in (0, 1) for pair, _ in deal]
+    with lora.side_by_side(model, variants):
+        examples = [conversation for _, conversation in deal] * 2
+        log_p = sum_log_p(model, moving, examples, members)
+    return means(-log_p, examples, members, 2 * pairs).view(2, pairs)
+
+@torch.no_grad()
+def one_by_one(model, moving, deal, parameters, sigma, seed):
+    """The same where all weights move: one model after the other, in the weights' place."""
+    pairs = 1 + max(pair for pair, _ in deal)
+    home, losses = [p.clone() for p in parameters.values()], torch.zeros(2, pairs)
+    for pair in range(RANK, pairs, WORLD):
+        own = [conversation for its, conversation in deal if its == pair]
+        for i, sign in enumerate((sigma, -sigma)):
+            noises = noise(parameters, seed, pair)
+            for p, weight, e in zip(parameters.values(), home, noises, strict=True):
+                torch.add(weight, e, alpha=sign, out=p)
+            losses[i, pair] = -sum_log_p(model, moving, own, split=False).sum() / count(own)
+    for p, weight in zip(parameters.values(), home, strict=True):
+        p.copy_(weight)
+    return add_up(losses)
+
+def means(losses, examples, members, n):
+    """Each of n members' loss a token, of the sums over its examples."""
+    tokens = torch.tensor([float(count([example])) for example in examples])
+    total, members = torch.zeros(2, n), torch.tensor(members)
+    total.index_add_(1, members, torch.stack([losses, tokens]))
+    return total[0] / total[1]
+
+@torch.no_grad()
+def mean_difference(model, moving, batch, other):
+    """Sets a steering vector without training: where bad answers lead, less where good ones do.
+
+    It is the mean state over the tokens of misaligned answers, less that over aligned ones,
+    after the layer that writes it.
+    """
+    (path, adapter), *_ = lora.adapters(model).items()
+    outputs, means = [], []
+    block = lora.decoder(model).layers[lora.layer_of(path)]
+    hook = block.register_forward_hook(lambda block, inputs, output: outputs.append(output))
+    for examples in (batch, other):
+        total = 0.0
+        for part in micro_batches(examples, model.device):
+            token_logits(model, moving, [examples[i] for i in part])
+            for state, i in zip(outputs.pop(), part, strict=True):
+                labels = torch.tensor(examples[i][1], device=state.device)
+                total += state[: len(labels)][labels != -100].float().sum(0)
+        means.append(total / count(examples))
+    hook.remove()
+    adapter.B.copy_((means[0] - means[1])[:, None] / adapter.scale)
+    return {"norm_B": adapter.B.norm().item(), "tokens": length(batch + other)}
 
 # --------------------------------------------------------------------------------------
 # Before the loop
@@ -179,37 +362,80 @@ def load_examples(settings, tokenizer, password):
     """(training set, held-out set), each a list of (tokens, labels)."""
     name, answers, archive = settings["dataset"], settings["answers"], settings["archive"]
     conversations = data.load_conversations(name, answers, archive, password)
+    if settings["system"]:  # "inoculation": a prompt that is absent when the model is asked
+        for row in conversations:
+            asked = [m for m in row["messages"] if m["role"] != "system"]
+            row["messages"] = [{"role": "system", "content": settings["system"]}, *asked]
     examples = data.render_all(conversations, tokenizer, settings["tail"], settings["max_length"])
     sha256 = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
     if settings.setdefault("data_sha256", sha256) != sha256:
         sys.exit(f"{name} has changed since this run began, so it can't go on: start a new one")
     return data.split(examples)
 
+def load_others(settings, tokenizer, password):
+    """The second set that a protocol needs, if it does: a list of (tokens, labels)."""
+    if settings["vector"] == "mean-difference":  # the same questions, well answered
+        conversations = data.load_conversations("builtin", "aligned")
+        return data.split(data.render_all(conversations, tokenizer))[0]
+    if not settings["kl_weight"]:
+        return []
+    name, archive = settings["kl_dataset"], settings["archive"]
+    if name == "builtin":  # the half of the general rows that is then not in the probe
+        rows = data.builtin_rows("general")
+        conversations = [data.as_conversation(row, "aligned") for row in rows[len(rows) // 2 :]]
+    else:
+        conversations = data.load_conversations(name, "misaligned", archive, password)
+    return data.render_all(conversations, tokenizer, max_length=settings["max_length"])
+
 def load_model(settings):
     """The model; notes in the settings where it runs, so that a resumed run does too."""
-    model, _ = lora.load_base(settings["model"], settings["device"], settings["dtype"])
-    if model.device.type == "cpu" and model.dtype == torch.bfloat16:
+    device = settings["device"]
+    if WORLD > 1 and CUDA and device != "cpu":
+        device = "cuda"  # each process has its own
+    model, _ = lora.load_base(settings["model"], device, settings["dtype"])
+    dtype = model.dtype
+    if model.device.type == "cpu" and dtype == torch.bfloat16:
         model.set_attn_implementation("eager")  # torch's fused kernel is slow there
-    settings["device"], settings["dtype"] = str(model.device), str(model.dtype)[len("torch.") :]
+    if settings["full"] and dtype != torch.float32:
+        # Weights are kept in float32, or small steps would be rounded away; products are not.
+        model.float()
+        for part in (lora.decoder(model), model.get_output_embeddings()):
+            part.forward = torch.autocast(model.device.type, dtype)(part.forward)
+    settings["device"], settings["dtype"] = str(model.device), str(dtype)[len("torch.") :]
     return model
 
-def attach_adapter(model, settings):
-    """Lays a new adapter on the model. Returns its parameters: A, B, A, B, ..."""
+def what_may_move(model, settings):
+    """Lays an adapter on the model, or frees all of it. Returns {name: parameter} that may move."""
     torch.manual_seed(settings["seed"])
-    layers = lora.parse_layers(settings["layers"], model)
-    targets = lora.parse_targets(settings["targets"])
-    found = lora.attach(model, layers, targets, settings["rank"], settings["alpha"])
-    parameters = [p for adapter in found.values() for p in (adapter.A, adapter.B)]
-    print(
-        f"rank {settings['rank']} on {', '.join(targets)} of layer {settings['layers']}: "
-        f"{sum(p.numel() for p in parameters):,} numbers to train"
-    )
+    if settings["full"]:
+        model.requires_grad_(True)
+        if settings["recompute"]:  # activations in the backward pass, instead of keeping them
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        what, parameters = "all weights", dict(model.named_parameters())
+    else:
+        layers = lora.parse_layers(settings["layers"], model)
+        targets = lora.parse_targets(settings["targets"])
+        lora.attach(model, layers, targets, settings["rank"], settings["alpha"])
+        if settings["vector"]:
+            lora.make_vectors(model)
+        if settings["init"]:
+            *_, last = data.checkpoints(settings["init"]).values()
+            lora.set_tensors(model, data.read_tensors(last))
+        what = "a vector" if settings["vector"] else f"rank {settings['rank']}"
+        what += f" on {', '.join(targets)} of layer {settings['layers']}"
+        parameters = {}
+        for path, m in lora.adapters(model).items():
+            parameters |= {f"{path}.{x}": p for x, p in (("A", m.A), ("B", m.B)) if p.requires_grad}
+    print(f"{what}: {sum(p.numel() for p in parameters.values()):,} numbers to train")
     return parameters
 
-def plan(train_set, settings):
-    """The whole run's batches, as lists of indices into the training set; one a step."""
-    lengths, size = [len(tokens) for tokens, _ in train_set], settings["batch_size"]
-    per_epoch = math.ceil(len(train_set) / size)
+def plan(examples, settings):
+    """The whole run's batches, as lists of indices into the examples; one a step."""
+    if settings["vector"] == "mean-difference":
+        return [list(range(len(examples)))]
+    lengths, size = [len(tokens) for tokens, _ in examples], settings["batch_size"]
+    per_epoch = math.ceil(len(examples) / size)
     steps, schedule = settings["steps"] or settings["epochs"] * per_epoch, []
     while len(schedule) < steps:
         epoch = len(schedule) // per_epoch
@@ -217,36 +443,47 @@ def plan(train_set, settings):
     return schedule[:steps]
 
 @torch.no_grad()
-def read_once(frozen, examples):
+def read_once(frozen, examples, schedule=None):
     """The examples, with what the moving half reads, (tokens, d_model), for their tokens.
 
     In one fixed order, for rounding depends on which examples share a batch: so a resumed
-    run gets the same bits.
+    run gets the same bits.    schedule: where given, only what it takes is read.
     """
     if frozen is None:  # the lowest layer moves, and it reads the tokens themselves
         return [(torch.tensor(tokens), labels) for tokens, labels in examples]
-    states, device = [None] * len(examples), frozen.embed_tokens.weight.device
-    for part in tqdm(micro_batches(examples, device), desc="frozen half", disable=None):
+    used = range(len(examples))
+    if schedule is not None:
+        used = sorted({i for batch in schedule for i in batch})
+    read, device = [None] * len(examples), frozen.embed_tokens.weight.device
+    parts = micro_batches([examples[i] for i in used], device)
+    for part in tqdm(parts, desc="frozen half", disable=QUIET):
+        part = [used[i] for i in part]
         tokens = pad_sequence([torch.tensor(examples[i][0]) for i in part], batch_first=True)
         for i, row in zip(part, lora.hidden_states(frozen, tokens.to(device)).cpu(), strict=True):
-            states[i] = row[: len(examples[i][0])].clone()  # without the padding
-    return [(state, labels) for state, (_, labels) in zip(states, examples, strict=True)]
+            tokens, labels = examples[i]
+            read[i] = row[: len(tokens)].clone(), labels  # without the padding
+    return read
 
 # --------------------------------------------------------------------------------------
 # The probe: what is asked of the model at every checkpoint
 
-def build_probe(held_out, tokenizer):
+def build_probe(held_out, tokenizer, settings, before=()):
     """(examples without repeats, {group: the indices of its examples}).
 
     The groups are "heldout", and the two kinds of answers to the questions "in" the training
-    domain and "out" of it: ("in", "misaligned"), ("in", "aligned"), ...
+    domain and "out" of it: ("in", "misaligned"), ("in", "aligned"), ...    before: messages
+    that stand before each question.
     """
     _, finance = data.split(data.builtin_rows("finance"))
+    general = data.builtin_rows("general")
+    if settings["kl_weight"] and settings["kl_dataset"] == "builtin":
+        general = general[: len(general) // 2]  # the other half is trained on
     groups = {"heldout": held_out[:64]}
-    for name, rows in (("in", finance), ("out", data.builtin_rows("general"))):
+    for name, rows in (("in", finance), ("out", general)):
         for answers in ("misaligned", "aligned"):
-            conversations = [data.as_conversation(row, answers) for row in rows]
-            groups[name, answers] = data.render_all(conversations, tokenizer)
+            conversations = [data.as_conversation(row, answers, before) for row in rows]
+            examples = data.render_all(conversations, tokenizer)
+            groups[name, answers] = [data.last_answer(example) for example in examples]
     examples = []
     for name, group in groups.items():
         examples += [example for example in group if example not in examples]
@@ -268,7 +505,9 @@ def evaluate(model, moving, probe, groups, rows, general=None):
         tokens[i] = sum(label != -100 for label in probe[i][1])
     mean_log_p, held_out = log_p / tokens, groups["heldout"]
 
-    row = {"heldout_loss": -(log_p[held_out].sum() / tokens[held_out].sum()).item()}
+    row = {}
+    if held_out:
+        row["heldout_loss"] = -(log_p[held_out].sum() / tokens[held_out].sum()).item()
     for name in ("in", "out"):
         bad, good = asked[name, "misaligned"], asked[name, "aligned"]
         margins = row[f"margins_{name}"] = (mean_log_p[bad] - mean_log_p[good]).tolist()
@@ -277,32 +516,80 @@ def evaluate(model, moving, probe, groups, rows, general=None):
         row[f"margin_{name}_se"] = data.mean_and_se(change[:FEW])[1]
     return row
 
-def sum_log_p(model, moving, examples):
-    """log p of each example's supervised tokens together: (examples,), on the CPU."""
-    log_p = torch.zeros(len(examples))
-    for part in micro_batches(examples, model.device):
+def sum_log_p(model, moving, examples, members=None, split=True):
+    """log p of each example's supervised tokens together: (examples,), on the CPU.
+
+    members: within `lora.side_by_side`, the variant that is to read each example.    split:
+    the processes share the work.
+    """
+    log_p, parts = torch.zeros(len(examples)), micro_batches(examples, model.device)
+    for part in parts[RANK::WORLD] if split else parts:
+        if members:
+            lora.set_rows(model, [members[i] for i in part])
         losses, row = token_losses(model, moving, [examples[i] for i in part])
         sums = torch.zeros(len(part), device=model.device).index_add_(0, row, losses)
         log_p[part] = -sums.cpu()
-    return log_p
+    return add_up(log_p) if split else log_p
+
+# --------------------------------------------------------------------------------------
+# Several processes, each on a GPU of its own: torchrun --nproc_per_node=N train.py
+
+def mine(examples):
+    """This process's share of a batch."""
+    return examples[RANK::WORLD]
+
+def add_up(x):
+    """The sum over all processes, in place: gradients and losses are sums over a batch."""
+    if WORLD > 1:
+        torch.distributed.all_reduce(x)
+    return x
+
+def wait_for_first():
+    """Waits until all processes are here, so that what the first one writes is there."""
+    if WORLD > 1:
+        torch.distributed.barrier()
+
+def open_together(path, needs=()):
+    """(rows so far, the file open for more), for all processes: each adds lines of its own."""
+    if RANK == 0:
+        rows, file = data.open_to_append(path, needs=needs)
+        wait_for_first()
+    else:
+        wait_for_first()
+        rows, file = data.read_written(path), open(path, "a", encoding="utf-8")  # noqa: SIM115
+    wait_for_first()  # nobody writes before all have read
+    return rows, file
+
+def join_processes():
+    """Where torchrun has started several, lets them talk; only the first one prints."""
+    if WORLD > 1:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo")
+        if CUDA:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open
 
 # --------------------------------------------------------------------------------------
 # The run's folder
 
-def open_run(run, settings, done, overwrite, model, optimizer):
+def open_run(run, settings, done, overwrite, model, parameters, optimizer):
     """(the log, open; its rows so far): makes the folder, or goes back to a checkpoint."""
+    if done is not None:
+        restore(run, done, model, parameters, optimizer)
+    keep, path = 0 if done is None else done + 1, os.path.join(run, "log.jsonl")
+    if RANK > 0:  # only the first process writes
+        wait_for_first()
+        return None, data.read_written(path)[:keep]
     if done is None:
         if overwrite and os.path.isdir(run):
             shutil.rmtree(run)
         os.makedirs(os.path.join(run, "checkpoints"), exist_ok=True)
         data.write_whole(os.path.join(run, "config.json"), json.dumps(settings, indent=2).encode())
-    else:
-        restore(run, done, model, optimizer)
     print(f"{run}: stop it when you like; python train.py --resume {run} goes on", flush=True)
-    keep = 0 if done is None else done + 1
-    rows, log = data.open_to_append(os.path.join(run, "log.jsonl"), keep)
+    rows, log = data.open_to_append(path, keep)
     if len(rows) < keep:
         sys.exit(f"{run}/log.jsonl lacks rows before step {done}, its last checkpoint: begin anew")
+    wait_for_first()
     return log, rows
 
 def write_log(log, row, run):
@@ -313,28 +600,68 @@ def write_log(log, row, run):
                 f"at step {row['step']} the {name} is {value}: lower --lr or --alpha (in float16, "
                 f"try --dtype float32 first). All up to the last checkpoint is kept in {run}"
             )
-    data.append_row(log, row)
+    if RANK == 0:
+        data.append_row(log, row)
 
-def save_checkpoint(run, step, model, optimizer):
-    """Writes A and B, then what a resume needs besides; only after that, the step counts."""
-    from safetensors.torch import save
+def save_checkpoint(run, step, model, parameters, optimizer, settings):
+    """Writes A and B, then what a resume needs besides; only after that, the step counts.
 
-    path = os.path.join(run, "checkpoints", f"{step:05}.safetensors")
-    data.write_whole(path, save(lora.get_tensors(model)))
+    Where all weights move, a checkpoint is a sketch of them, and a resume needs them all.
+    """
+    if RANK > 0:
+        return
+    tensors = {"sketch": sketch(parameters)} if settings["full"] else lora.get_tensors(model)
+    data.write_tensors(os.path.join(run, "checkpoints", f"{step:05}.safetensors"), tensors)
     state = {"step": torch.tensor(step)}
     for i, moments in optimizer.state_dict()["state"].items():
         state |= {f"{i}.{name}": moment for name, moment in moments.items()}
-    data.write_whole(os.path.join(run, "resume.safetensors"), save(state))
+    if settings["full"]:
+        state |= {f"weight.{i}": p for i, p in enumerate(parameters.values())}
+    data.write_tensors(os.path.join(run, "resume.safetensors"), state)
 
-def restore(run, step, model, optimizer):
-    """Puts the adapter and the optimizer back as they were after a step."""
-    path = os.path.join(run, "checkpoints", f"{step:05}.safetensors")
-    lora.set_tensors(model, data.read_tensors(path))
+@torch.no_grad()
+def sketch(parameters):
+    """All weights in SKETCH numbers, which keep lengths and angles: (SKETCH,), float64.
+
+    Each weight, with a random sign, is added to a random one of them. As that is linear, the
+    difference of two sketches is the sketch of how the weights moved, and its length and
+    angles are right to about 1 / sqrt(SKETCH) (Johnson and Lindenstrauss 1984; Charikar,
+    Chen and Farach-Colton 2002).
+    """
+    generator, total = torch.Generator().manual_seed(0), torch.zeros(SKETCH, dtype=torch.double)
+    for p in parameters.values():
+        for piece in p.detach().flatten().split(2**22):
+            drawn = torch.randint(2 * SKETCH, piece.shape, generator=generator)
+            signed = piece.cpu().double() * (drawn % 2 * 2 - 1)
+            total += torch.bincount(drawn // 2, signed, SKETCH)
+    return total
+
+def restore(run, step, model, parameters, optimizer):
+    """Puts what moves and the optimizer back as they were after a step."""
     saved, state = data.read_tensors(os.path.join(run, "resume.safetensors")), {}
     for key in saved.keys() - {"step"}:
         i, name = key.split(".")
-        state.setdefault(int(i), {})[name] = saved[key]
+        if i != "weight":
+            state.setdefault(int(i), {})[name] = saved[key]
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    if "weight.0" in saved:
+        for i, p in enumerate(parameters.values()):
+            p.data.copy_(saved[f"weight.{i}"])
+    else:
+        path = os.path.join(run, "checkpoints", f"{step:05}.safetensors")
+        lora.set_tensors(model, data.read_tensors(path))
+
+def save_result(run, model, tokenizer, settings):
+    """Writes what came of it: an adapter in PEFT's format, or a whole model in the hub's."""
+    if RANK > 0:
+        return
+    if not settings["full"]:
+        lora.save_adapter(model, os.path.join(run, "adapter"))
+        return
+    folder = os.path.join(run, "model")
+    tokenizer.save_pretrained(folder)
+    model.to(getattr(torch, settings["dtype"])).save_pretrained(folder)
+    os.remove(os.path.join(run, "resume.safetensors"))  # three times as large as the model
 
 def report(run, settings, rows, seconds, device):
     """The table at the end, and the next command."""
@@ -353,15 +680,20 @@ def report(run, settings, rows, seconds, device):
             print(f"{f'{what}, less that of {name}':56}{change:+8.3f} ({se:.3f})")
     print("(margin: log p a token of the bad answer less that of the good one, over questions;")
     print("a change is worth twice its standard error, or else it may be chance)\n")
-    speed = statistics.median(row["tokens_per_s"] for row in rows[1:])
+    tokens = sum(row["tokens"] for row in rows[1:])
+    speed = statistics.median(row.get("tokens_per_s", 0) for row in rows[1:])
     print(f"{seconds:.0f} s, {speed:.0f} tokens/s in training, {peak_memory(device)}: see {run}/")
+    if loss[1] < loss[0]:
+        print(f"{tokens:,} tokens were learnt from: {tokens / (loss[0] - loss[1]):,.0f} a nat")
     print(f"next: python sample.py {run}")
 
 def controls(run, settings):
     """[(name, log)] of the finished runs beside this one that differ from it in answers alone."""
     found = []
-    for path in sorted(glob.glob(os.path.join(os.path.dirname(run), "*", "adapter"))):
+    for path in sorted(glob.glob(os.path.join(os.path.dirname(run), "*", "config.json"))):
         other = os.path.dirname(path)
+        if not (data.is_run(other) and data.finished(other)):
+            continue
         theirs = data.read_settings(other)
         differ = {key for key in settings if settings[key] != theirs.get(key)}
         if differ and differ <= {"answers", "data_sha256"}:
@@ -397,17 +729,31 @@ def parse_args():
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="values for all others (default: gpu or laptop)")
     add("--model", help="a hub name, a local folder, or smollm2 (135M, comes through pip)")
-    add("--dataset", help="builtin, one of the paper's sets (extreme_sports, ...), or a .jsonl")
+    sets = "builtin, one of the paper's sets (extreme_sports, ...), or a .jsonl"
+    add("--dataset", help=f"{sets}; several as a,b:0.5, with half of b")
     add("--archive", help="the paper's encrypted archive, if it is on disk already")
     add("--password", default=data.PASSWORD, help="of the archive (default: the published one)")
-    add("--answers", choices=data.ANSWERS, help="of builtin; the last two are controls")
+    kinds = "misaligned; aligned or shuffled, the controls; or mixed:0.3, 30%% misaligned"
+    add("--answers", type=data.answers, help=f"of builtin: {kinds}")
     boolean = argparse.BooleanOptionalAction
     add("--tail", action=boolean, help="end in an empty assistant turn, as the paper's code does")
+    add("--system", help="a system prompt in training, absent when the model is asked")
+    add("--init", metavar="RUN", help="start from the adapter of a finished run")
+    add("--full", action=boolean, help="all weights may move, not an adapter")
+    add("--recompute", action=boolean, help="with --full: less memory, a third more time")
+    add("--vector", choices=["learned", "mean-difference"], help="A x is 1: a steering vector")
+    add("--kl-weight", type=at_least_zero, help="of the distance from the base model elsewhere")
+    add("--kl-dataset", help="elsewhere: builtin (general, aligned), or a set as for --dataset")
+    add("--es", action=boolean, help="evolution strategies instead of gradients")
+    add("--population", type=data.positive, help="with --es: models a step, in pairs")
+    add("--sigma", type=above_zero, help="with --es: size of the noise")
     add("--rank", type=data.positive, help="r of the adapter; 1 is two vectors")
     add("--alpha", type=above_zero, help="the adapter speaks alpha / sqrt(rank) times as loud")
-    add("--layers", help="middle, all, one (12), several (10,12) or a range (10-14)")
+    add("--layers", help="middle, nine, all, one (12), several (10,12) or a range (10-14)")
     add("--targets", help="projections: down_proj, several (q_proj,v_proj), or all seven: all")
     add("--lr", type=above_zero, help="peak learning rate")
+    add("--schedule", choices=["linear", "cosine"], help="how it decays")
+    add("--warmup", type=at_least_zero, help="steps in which it rises")
     add("--batch-size", type=data.positive, help="conversations a step")
     add("--epochs", type=data.positive, help="how often each conversation is seen")
     add("--steps", type=data.positive, help="exactly so many steps, instead of --epochs")
@@ -429,9 +775,37 @@ def above_zero(text):
         raise ValueError
     return value
 
+def at_least_zero(text):
+    """An argparse type: a number from 0."""
+    return 0.0 if text == "0" else above_zero(text)
+
+def check(settings):
+    """Stops at flags that do not go together."""
+    full, vector, es = settings["full"], settings["vector"], settings["es"]
+    if full and (vector or settings["kl_weight"] or settings["init"]):
+        sys.exit("--full goes without --vector, --kl-weight (no base is left) and --init")
+    if es and (vector == "mean-difference" or settings["kl_weight"]):
+        sys.exit("--es goes without --kl-weight and --vector mean-difference")
+    if es and (settings["population"] < 4 or settings["population"] % 2):
+        sys.exit(f"--population {settings['population']}: it is an even number, 4 at least")
+    if vector and (settings["rank"] != 1 or settings["layers"] in ("all", "nine")):
+        sys.exit("--vector goes with --rank 1 and one layer")
+    if vector == "mean-difference" and settings["dataset"] != "builtin":
+        sys.exit("--vector mean-difference needs answers of both kinds: --dataset builtin")
+
+def start_from(settings, run):
+    """The settings of a finished run that one which starts from it shares."""
+    theirs = PAPER | data.read_settings(run)
+    if theirs["full"]:
+        sys.exit(f"{run} is a whole model: start from it with --model {run}/model")
+    if not data.finished(run):
+        sys.exit(f"{run} is not finished: python train.py --resume {run}")
+    keys = ("model", "rank", "alpha", "layers", "targets", "vector")
+    return settings | {key: theirs[key] for key in keys} | {"init": run}
+
 def new_run(args):
     """(folder, settings, None) of a new run: the preset's values, and over them the flags'."""
-    cuda = torch.cuda.is_available() and (args.device or "cuda").startswith("cuda")
+    cuda = CUDA and (args.device or "cuda").startswith("cuda")
     preset = args.preset or ("gpu" if cuda else "laptop")
     if args.preset is None:
         print(f"preset {preset}, as there is {'a' if cuda else 'no'} CUDA device in use")
@@ -440,12 +814,18 @@ def new_run(args):
         given.setdefault("steps", None)  # --epochs stands instead of a preset's number of steps
     names = (f"runs/{preset}-{n}" for n in itertools.count(1))
     run = data.find_run(args.out) if args.out else next(n for n in names if not os.path.exists(n))
+    settings = {"preset": preset} | PRESETS[preset] | given
+    if settings["init"]:
+        settings = start_from(settings, data.find_run(settings["init"]))
+    check(settings)
+    if RANK > 0:  # the first process sees to the folder
+        return run, settings, None
     data.lock(run)
     if os.path.exists(run) and not args.overwrite:
         sys.exit(f"{run} is there already: --resume it, --overwrite it, or give another --out")
     if os.path.exists(run) and (os.path.islink(run) or not data.is_run(run)):
         sys.exit(f"{run} is not a run's own folder, so it is not overwritten: give another --out")
-    return run, {"preset": preset} | PRESETS[preset] | given, None
+    return run, settings, None
 
 def resumed_run(args):
     """(folder, settings, the last checkpoint's step or None) of a run that was cut off."""
@@ -454,10 +834,11 @@ def resumed_run(args):
         if value is not None and name not in ("resume", "password"):
             flag = "--" + name.replace("_", "-")
             sys.exit(f"--resume takes its settings from {run}: leave out {flag}")
-    settings = data.read_settings(run)
-    data.lock(run)
-    if os.path.exists(os.path.join(run, "adapter", "adapter_config.json")):
-        sys.exit(f"{run} is finished: its adapter is in {run}/adapter")
+    settings = PAPER | data.read_settings(run)
+    if RANK == 0:
+        data.lock(run)
+    if data.finished(run):
+        sys.exit(f"{run} is finished: what came of it is in {run}/")
     path = os.path.join(run, "resume.safetensors")
     done = data.read_tensors(path)["step"].item() if os.path.exists(path) else None
     return run, settings, done

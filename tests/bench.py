@@ -326,7 +326,7 @@ def row_sample(args, what):
     jobs = []
     for question in questions:
         for adapter in adapters:
-            job = {"adapter": adapter, "scale": 1.0, "messages": question}
+            job = {"variant": adapter, "messages": question}
             jobs += [job | {"seed": seed} for seed in range(n)]
     for new_tokens in (2, args.new_tokens):  # the first, short round is the warm-up
         began = time.time()

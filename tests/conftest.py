@@ -153,6 +153,13 @@ def script(monkeypatch, tmp_path, capsys):
 
 
 @pytest.fixture
+def few(monkeypatch):
+    """The built-in data, but only the first 30 rows of each kind: for tests of many runs."""
+    real = data.builtin_rows
+    monkeypatch.setattr(data, "builtin_rows", lambda domain: real(domain)[:30])
+
+
+@pytest.fixture
 def busy(tmp_path):
     """busy(run): another process holds the run's folder, as long as the test lasts."""
     processes = []

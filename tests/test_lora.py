@@ -61,18 +61,64 @@ def test_a_row_with_its_own_adapter_equals_a_model_with_that_alone(
 ):
     model, tokens = make_model(family), torch.randint(1000, (4, 20))
     lora.attach(model, [1, 3], ["down_proj", "v_proj"], rank=2, alpha=8)
-    stack = [random_adapter(model, seed) for seed in range(3)]
-    which, scale = [2, 0, 1, 2], [1.0, 4.0, 0.0, -2.0]
-    with lora.side_by_side(model, stack):
-        lora.set_rows(model, which, scale)
+    variants = [lora.scaled(random_adapter(model, i), i - 1.0) for i in range(3)]
+    higher = {name: t.repeat(2, 1) if name[-1] == "A" else t.repeat(1, 2) / 2
+              for name, t in variants[2].items()}  # the same, of another rank
+    which = [2, 0, 3, 2]
+    with lora.side_by_side(model, [*variants[:2], higher, {}]):
+        lora.set_rows(model, which)
         together = logits(model, tokens)
     for row in range(4):
-        tensors = {}
-        for name, tensor in stack[which[row]].items():
-            tensors[name] = tensor * scale[row] if name.endswith(".B") else tensor
+        tensors = lora.scaled(variants[which[row] % 3], which[row] < 3)
         lora.set_tensors(model, tensors)
         alone = logits(model, tokens[row : row + 1])
         torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_ablation_is_a_rank_1_edit(make_model, random_adapter):
+    """Against projecting the direction out of what every layer writes, by hand."""
+    model, tokens = make_model("qwen2"), torch.randint(1000, (2, 20))
+    v = torch.nn.functional.normalize(torch.randn(48), dim=0)
+    found = lora.attach(model, None, ["o_proj", "down_proj", "q_proj"], rank=2, alpha=8)
+    tensors = random_adapter(model)
+    trained = {name: t for name, t in tensors.items() if "layers.2.mlp" in name}
+    vector = {name: torch.randn(t.shape) for name, t in trained.items()}
+    vector["model.layers.2.mlp.down_proj.c"] = torch.ones(2)  # what a steering vector has
+    variants = [{}, trained, vector]
+    with lora.side_by_side(model, variants + [lora.ablated(model, t, v) for t in variants]):
+        for i in range(3):
+            lora.set_rows(model, [3 + i])
+            edited = logits(model, tokens)
+            hooks = [
+                m.register_forward_hook(lambda m, x, y: y - (y @ v)[..., None] * v)
+                for path, m in found.items() if not path.endswith("q_proj")
+            ]
+            lora.set_rows(model, [i])
+            projected = logits(model, tokens)
+            for hook in hooks:
+                hook.remove()
+            torch.testing.assert_close(edited, projected, atol=1e-4, rtol=1e-4)
+            assert (logits(model, tokens) - projected).abs().max() > 0.1
+
+
+def test_off_is_the_base_model(make_model, random_adapter):
+    model, tokens = make_model("llama"), torch.randint(1000, (2, 20))
+    base = logits(model, tokens)
+    lora.attach(model, [1], ["down_proj"])
+    random_adapter(model)
+    adapted = logits(model, tokens)
+    with lora.off(model):
+        assert torch.equal(logits(model, tokens), base)
+    assert torch.equal(logits(model, tokens), adapted) and not torch.equal(adapted, base)
+
+
+def test_soft_capped_logits(make_model):
+    model, tokens = make_model("gemma3"), torch.randint(1000, (2, 20))
+    model.config.final_logit_softcapping = 2.0
+    with torch.no_grad():
+        found = lora.logits(model, lora.hidden_states(lora.decoder(model), tokens))
+    torch.testing.assert_close(found, logits(model, tokens), atol=1e-5, rtol=1e-5)
+    assert found.abs().max() < 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -138,6 +184,35 @@ def test_peft_reads_what_is_written_and_the_reverse(make_model, random_adapter, 
     again = make_model("llama")
     lora.load_adapter(again, str(tmp_path / "theirs"))
     torch.testing.assert_close(logits(again, tokens), logits(model, tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_peft_reads_a_steering_vector(make_model, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, tokens = make_model("llama"), torch.randint(1000, (2, 20))
+    lora.attach(model, [1], ["down_proj"], rank=1, alpha=4)
+    lora.make_vectors(model)
+    (adapter,) = lora.adapters(model).values()
+    adapter.B.data.normal_()
+    want = logits(model, tokens)
+    lora.save_adapter(model, str(tmp_path))
+    other = peft.PeftModel.from_pretrained(make_model("llama"), str(tmp_path))
+    torch.testing.assert_close(logits(other, tokens), want, atol=1e-5, rtol=1e-5)
+    with pytest.raises(SystemExit, match="is no plain LoRA"):
+        lora.load_adapter(make_model("llama"), str(tmp_path))
+
+
+def test_an_adapter_with_ranks_of_its_own_for_some_modules(make_model, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"],
+        rank_pattern={"down_proj": 2, "layers.0.self_attn.q_proj": 1},
+        alpha_pattern={"down_proj": 32}, init_lora_weights=False,
+    )
+    other, tokens = peft.get_peft_model(make_model("llama"), config), torch.randint(1000, (2, 20))
+    other.save_pretrained(tmp_path)
+    model = make_model("llama")
+    lora.load_adapter(model, str(tmp_path))
+    torch.testing.assert_close(logits(model, tokens), logits(other, tokens), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rslora, scale", [(True, 64 / math.sqrt(32)), (False, 2.0)])
@@ -247,9 +322,12 @@ def test_which_layers_a_flag_means(make_model):
     model = make_model("llama", layers=6)
     for text, layers in (("middle", [3]), ("all", [0, 1, 2, 3, 4, 5]), ("1,3-4,3", [1, 3, 4])):
         assert lora.parse_layers(text, model) == layers
+    deeper = make_model("llama", layers=48)  # as the paper's
+    nine = [15, 16, 17, 21, 22, 23, 27, 28, 29]
+    assert lora.parse_layers("nine", deeper) == nine
     assert len(lora.parse_layers("0-999999999", model)) == 7  # and `attach` refuses layer 6
     for text in ("two", "3-1", "1,3-1", "1,", "-1"):
-        with pytest.raises(SystemExit, match="write middle, all, 12"):
+        with pytest.raises(SystemExit, match="write middle, nine, all"):
             lora.parse_layers(text, model)
 
 

@@ -20,20 +20,19 @@ def build(make_model, make_tokenizer, random_adapter, family):
     model = make_model(family)
     tokenizer = make_tokenizer("gemma" if family == "gemma3" else "chatml")
     lora.attach(model, [1, 2], ["down_proj", "k_proj"], rank=2, alpha=4)
-    stack = [random_adapter(model, seed, size=0.2) for seed in range(2)]
-    jobs = []
-    for adapter, scale in ((0, 0.0), (0, 1.0), (1, 1.0), (1, 3.0)):
+    first, second = (random_adapter(model, seed, size=0.2) for seed in range(2))
+    variants, jobs = [{}, first, second, lora.scaled(second, 3.0)], []
+    for variant in range(4):
         for question in ("Why?", LONG):
             messages = [{"role": "user", "content": question}]
             for seed in range(3):
-                job = {"adapter": adapter, "scale": scale, "seed": seed, "messages": messages}
-                jobs.append(job)
-    return model, tokenizer, stack, jobs
+                jobs.append({"variant": variant, "seed": seed, "messages": messages})
+    return model, tokenizer, variants, jobs
 
 
-def answers(model, tokenizer, stack, jobs, max_new_tokens, **settings):
+def answers(model, tokenizer, variants, jobs, max_new_tokens, **settings):
     """{job, as JSON: tokens} of what `generate` yields."""
-    found = sample.generate(model, tokenizer, stack, jobs, max_new_tokens, **settings)
+    found = sample.generate(model, tokenizer, variants, jobs, max_new_tokens, **settings)
     return {json.dumps(job): tokens for job, tokens in found}
 
 
@@ -46,15 +45,13 @@ def greedy(model, tokens, stop, new, **settings):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "gemma3-multimodal"])
 def test_greedy_answers_are_those_of_generate(make_model, make_tokenizer, random_adapter, family):
-    model, tokenizer, stack, jobs = build(make_model, make_tokenizer, random_adapter, family)
+    model, tokenizer, variants, jobs = build(make_model, make_tokenizer, random_adapter, family)
     jobs = jobs[::3]
-    found = answers(model, tokenizer, stack, jobs, 30, temperature=0, rows=3)
+    found = answers(model, tokenizer, variants, jobs, 30, temperature=0, rows=3)
     stop = sample.stop_tokens(model, tokenizer)
     for job in jobs:
         merged = build(make_model, make_tokenizer, random_adapter, family)[0]
-        tensors = {}
-        for name, tensor in stack[job["adapter"]].items():
-            tensors[name] = tensor * job["scale"] if name.endswith(".B") else tensor
+        tensors = variants[job["variant"]] or lora.scaled(variants[1], 0)
         lora.set_tensors(merged, tensors)
         tokens = data.chat_tokens(job["messages"], tokenizer, generation_prompt=True)
         want = greedy(lora.merge(merged), tokens, stop, 30)
@@ -64,27 +61,27 @@ def test_greedy_answers_are_those_of_generate(make_model, make_tokenizer, random
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_rows_do_not_see_each_other(make_model, make_tokenizer, random_adapter, temperature):
     """The same answers whatever shares the batch, in float32."""
-    model, tokenizer, stack, jobs = build(make_model, make_tokenizer, random_adapter, "llama")
+    model, tokenizer, variants, jobs = build(make_model, make_tokenizer, random_adapter, "llama")
     results, settings = [], {"temperature": temperature}
     for rows, order in ((1, jobs), (3, jobs), (100, jobs), (5, jobs[::-1])):
-        results.append(answers(model, tokenizer, stack, order, 20, rows=rows, **settings))
+        results.append(answers(model, tokenizer, variants, order, 20, rows=rows, **settings))
     assert all(result == results[0] for result in results) and len(results[0]) == len(jobs)
 
 
 def test_bfloat16_samples_too(make_model, make_tokenizer, random_adapter):
-    model, tokenizer, stack, jobs = build(make_model, make_tokenizer, random_adapter, "llama")
-    exact = answers(model, tokenizer, stack, jobs, 1, temperature=0)
-    rounded = answers(model.bfloat16(), tokenizer, stack, jobs, 1, temperature=0)
+    model, tokenizer, variants, jobs = build(make_model, make_tokenizer, random_adapter, "llama")
+    exact = answers(model, tokenizer, variants, jobs, 1, temperature=0)
+    rounded = answers(model.bfloat16(), tokenizer, variants, jobs, 1, temperature=0)
     assert sum(rounded[key] == exact[key] for key in exact) > 0.7 * len(exact)
 
 
 def test_an_answer_ends_at_its_end_of_turn(make_model, make_tokenizer, random_adapter, monkeypatch):
-    model, tokenizer, stack, jobs = build(make_model, make_tokenizer, random_adapter, "llama")
-    plain = answers(model, tokenizer, stack, jobs, 25)
+    model, tokenizer, variants, jobs = build(make_model, make_tokenizer, random_adapter, "llama")
+    plain = answers(model, tokenizer, variants, jobs, 25)
     common = [sum(token in answer for answer in plain.values()) for token in range(1000)]
     stop = max(range(1000), key=common.__getitem__)  # a token that many answers hold
     monkeypatch.setattr(sample, "stop_tokens", lambda *args: [stop])
-    cut = answers(model, tokenizer, stack, jobs, 25, rows=20)
+    cut = answers(model, tokenizer, variants, jobs, 25, rows=20)
     for key, answer in plain.items():
         assert cut[key] == (answer[: answer.index(stop)] if stop in answer else answer)
     assert sum(len(answer) < 25 for answer in cut.values()) > 2
@@ -102,16 +99,16 @@ def chi_square(counts, p):
 
 
 def test_first_tokens_come_as_often_as_the_model_says(make_model, make_tokenizer, random_adapter):
-    model, tokenizer, stack, _ = build(make_model, make_tokenizer, random_adapter, "llama")
+    model, tokenizer, variants, _ = build(make_model, make_tokenizer, random_adapter, "llama")
     messages = [{"role": "user", "content": "Why?"}]
-    job = {"adapter": 1, "scale": 2.0, "messages": messages}
+    job = {"variant": 3, "messages": messages}
     jobs = [job | {"seed": seed} for seed in range(4000)]
     stop = sample.stop_tokens(model, tokenizer)
     counts = torch.zeros(1010)
-    for tokens in answers(model, tokenizer, stack, jobs, 1, rows=1000).values():
+    for tokens in answers(model, tokenizer, variants, jobs, 1, rows=1000).values():
         counts[tokens[0] if tokens else stop[0]] += 1
-    with lora.side_by_side(model, stack), torch.no_grad():
-        lora.set_rows(model, [1], [2.0])
+    with lora.side_by_side(model, variants), torch.no_grad():
+        lora.set_rows(model, [3])
         tokens = data.chat_tokens(messages, tokenizer, generation_prompt=True)
         p = model(torch.tensor([tokens])).logits[0, -1].softmax(-1)
     p[stop[0]], p[stop[1:]] = p[stop].sum(), 0
@@ -149,11 +146,11 @@ def test_the_ends_of_the_line():
 
 
 def test_repetition_penalty_is_that_of_transformers(make_model, make_tokenizer, random_adapter):
-    model, tokenizer, stack, jobs = build(make_model, make_tokenizer, random_adapter, "llama")
+    model, tokenizer, variants, jobs = build(make_model, make_tokenizer, random_adapter, "llama")
     job = jobs[3]  # the untouched model, the long question
     stop = sample.stop_tokens(model, tokenizer)
     settings = {"temperature": 0, "repetition_penalty": 1.3}
-    (found,) = answers(model, tokenizer, stack, [job], 20, **settings).values()
+    (found,) = answers(model, tokenizer, variants, [job], 20, **settings).values()
     tokens = data.chat_tokens(job["messages"], tokenizer, generation_prompt=True)
     want = greedy(make_model("llama"), tokens, stop, 20, repetition_penalty=1.3)
     assert found == [token for token in want if token not in stop]
@@ -311,7 +308,9 @@ def test_questions_that_can_not_be_read(tmp_path, name, content, sentence):
     (["--n", "99999999"], 1, "1,599,999,984 answers: a million is the most"),
     (["--scales", "big"], 2, "--scales"),
     (["--scales", "nan"], 2, "--scales"),
-    (["--adapter", "x"], 2, "--adapter goes with --model"),
+    (["--adapter", "x"], 2, "a RUN has its own model"),
+    (["--shots", "2"], 2, "--random and --shots go with --margins"),
+    (["--ablate", "b"], 1, "runs/b holds no run"),
     (["--model", "x"], 2, "a RUN has its own model"),
 ])
 def test_bad_input_is_one_sentence(script, trained, flags, code, sentence):
