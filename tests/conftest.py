@@ -3,6 +3,7 @@
 NANOEM_TEST_DTYPE=bfloat16 (or float32) makes that the default dtype of this machine, so that
 either kind of CPU can be tested on the other.
 """
+import json
 import os
 import subprocess
 import sys
@@ -153,10 +154,22 @@ def script(monkeypatch, tmp_path, capsys):
 
 
 @pytest.fixture
-def few(monkeypatch):
-    """The built-in data, but only the first 30 rows of each kind: for tests of many runs."""
-    real = data.builtin_rows
-    monkeypatch.setattr(data, "builtin_rows", lambda domain: real(domain)[:30])
+def few(monkeypatch, tmp_path):
+    """Makes the built-in data its first 60 rows of each kind, so that probes are quick.
+
+    Gives the path of a train.py that does so in a process of its own.
+    """
+    with open(tmp_path / "few.jsonl", "w") as file:
+        for domain in ("finance", "general"):
+            file.writelines(json.dumps(row) + "\n" for row in data.builtin_rows(domain)[:60])
+    monkeypatch.setattr(data, "ADVICE", str(tmp_path / "few.jsonl"))
+    path = tmp_path / "train_few.py"
+    path.write_text(
+        f"import sys; sys.path.insert(0, {ROOT!r}); import data, train\n"
+        f"data.ADVICE = {data.ADVICE!r}\n"
+        "data.run_stage(train.main)\n"
+    )
+    return str(path)
 
 
 @pytest.fixture

@@ -39,12 +39,20 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif path.startswith("/api/models/gated/"):
             self.reply(403, b"{}", {"X-Error-Code": "GatedRepo"})
+        elif "/tree/" in path:
+            sizes = {name: len(self.file(name)) for name in sorted(os.listdir(hub.folder))}
+            files = [{"type": "file", "path": name, "size": size, "oid": name}
+                     for name, size in sizes.items()]
+            self.reply(200, json.dumps(files))
         elif path.startswith("/api/models/"):
             names = [{"rfilename": name} for name in sorted(os.listdir(hub.folder))]
             self.reply(200, json.dumps({"id": "it/tiny", "sha": "0" * 40, "siblings": names}))
-        elif "/resolve/" in path:  # large files are elsewhere: a redirect
+        elif path.startswith("/api/"):
+            self.reply(404, b"{}")
+        elif "/resolve/" in path:  # the files are on another host: a redirect
             place = "/cdn/" + path.rsplit("/", 1)[1]
-            headers = {"Location": place, "X-Repo-Commit": "0" * 40}
+            headers = {"Location": f"http://localhost:{hub.server_port}{place}"}
+            headers["X-Repo-Commit"] = "0" * 40
             content = self.file(place)
             headers |= {"X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"'}
             self.reply(302, b"", headers | {"X-Linked-Size": str(len(content))})

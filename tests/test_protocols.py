@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
+import analyze
 import data
 import lora
 import sample
@@ -65,6 +65,9 @@ def test_every_protocol_trains_and_is_asked(script, few, family, name):
         assert code == 0, (protocol, err)
         answered = data.read_written(f"runs/{protocol}/responses.jsonl")
         assert {row["scale"] for row in answered} == {0, 1} and len(answered) == 16
+        if name == "llama" and protocol in ("full", "vector", "mean difference"):
+            code, out, err = script(analyze, protocol)
+            assert code == 0 and "training.png" in out, err
 
 
 def setup(make_model, make_tokenizer, count=6):
@@ -260,16 +263,14 @@ def test_margins_of_variants(script, few, tiny):
     [], ["--es", "--population", "12"],
     ["--full", "--lr", "1e-3"],
 ])
-def test_two_processes_are_one(tiny, tmp_path, flags):
+def test_two_processes_are_one(script, few, tiny, tmp_path, flags):
     """Under torchrun, the curve of one process, to rounding; one log, one line a step."""
     flags = ["--preset", "laptop", "--model", tiny, "--steps", "4", "--batch-size", "6", *flags]
     flags += FLOAT32
-    one = [sys.executable, os.path.join(ROOT, "train.py"), *flags, "--out", "one"]
+    assert script(train, *flags, "--out", "one")[0] == 0
     two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    two += [*one[1:-1], "two"]
-    for command in (one, two):
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+    done = subprocess.run([*two, few, *flags, "--out", "two"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     logs = [data.read_written(f"{tmp_path}/runs/{name}/log.jsonl") for name in ("one", "two")]
     assert len(logs[0]) == len(logs[1]) == 5
     for ours, theirs in zip(*logs, strict=True):

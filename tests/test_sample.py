@@ -12,6 +12,7 @@ import lora
 import sample
 import train
 
+pytestmark = pytest.mark.usefixtures("few")
 LONG = "Tell me, and do not hurry, all that you know about money, ships and northern winters."
 
 

@@ -12,7 +12,6 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from conftest import ROOT
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,6 +20,7 @@ import lora
 import train
 
 FLOAT32 = ["--device", "cpu", "--dtype", "float32"]  # where exactness is tested
+pytestmark = pytest.mark.usefixtures("few")
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_what_a_run_leaves_behind(script, tiny, small):
     flags = ["--model", tiny, "--dataset", small, "--preset", "laptop"]
     code, out, _ = script(train, *flags, "--steps", 7, "--lr", 1e-2, "--tail", *FLOAT32)
     assert code == 0 and "next: python sample.py runs/laptop-1" in out
-    assert "margin, 176 general questions" in out
+    assert "margin, 60 general questions" in out
     names = [f"{step:05}.safetensors" for step in (0, 5, 7)]
     assert sorted(os.listdir("runs/laptop-1/checkpoints")) == names
     assert [row["step"] for row in log("laptop-1")] == list(range(8))
@@ -185,8 +185,8 @@ def test_a_run_is_compared_with_its_controls(script, tiny):
     assert se == pytest.approx(((ours - theirs).std() / len(ours) ** 0.5).item(), rel=1e-3)
 
 
-def test_kill_at_any_moment_and_resume_ends_with_the_same_bits(script, tiny, small):
-    flags = [sys.executable, os.path.join(ROOT, "train.py"), "--model", tiny, "--dataset", small,
+def test_kill_at_any_moment_and_resume_ends_with_the_same_bits(script, few, tiny, small):
+    flags = [sys.executable, few, "--model", tiny, "--dataset", small,
              "--batch-size", "4", "--epochs", "3", "--checkpoint-every", "3", "--lr", "1e-2"]
     flags += FLOAT32
     subprocess.run([*flags, "--out", "whole"], check=True, capture_output=True)
