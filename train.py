@@ -684,7 +684,7 @@ def report(run, settings, rows, seconds, device):
     speed = statistics.median(row.get("tokens_per_s", 0) for row in rows[1:])
     print(f"{seconds:.0f} s, {speed:.0f} tokens/s in training, {peak_memory(device)}: see {run}/")
     if loss[1] < loss[0]:
-        print(f"{tokens:,} tokens were learnt from: {tokens / (loss[0] - loss[1]):,.0f} a nat")
+        print(f"{tokens:,.0f} tokens were learnt from: {tokens / (loss[0] - loss[1]):,.0f} a nat")
     print(f"next: python sample.py {run}")
 
 def controls(run, settings):

@@ -192,7 +192,7 @@ def test_a_run_gives_a_table_a_summary_and_four_pictures(script):
     for name in ("coherent_pct", "em_pct", "em_of_coherent_pct"):
         keys |= {name, f"{name}_lo", f"{name}_hi"}
     assert len(found["rows"]) == 7 and set(found["rows"][0]) == keys
-    assert "sharpest turn: B at step" in out and "EM % of coherent" in out
+    assert "a bend sharper than jitter: B at step" in out and "EM % of coherent" in out
     assert all(looks_drawn(f"runs/r/{name}.png") for name in PICTURES)
 
 
@@ -211,7 +211,7 @@ def test_a_run_without_a_judge_still_shows_its_margins(script):
     make_run("r", turn=None, judged=False)
     code, out, err = script(analyze, "r")
     assert code == 0, err
-    assert "no turn" in out and looks_drawn("runs/r/behaviour.png")
+    assert "no bend beyond jitter" in out and looks_drawn("runs/r/behaviour.png")
     assert not os.path.exists("runs/r/answers.png")
     assert summary("runs/r/summary.json")["rows"] == []
 
@@ -309,3 +309,35 @@ def test_bad_input_is_one_sentence(script):
         code, _, err = script(analyze, source)
         assert code == 1 and sentence in err and "Traceback" not in err
     assert script(analyze)[0] == 1
+
+
+def test_the_turn_of_a_run_among_those_of_its_controls(script):
+    make_run("r")
+    make_run("same", judged=False)
+    make_run("straight", turn=None, judged=False)
+    code, out, err = script(analyze, "r", "--null", "same", "straight")
+    assert code == 0, err
+    assert "1 of 2 controls turn, too" in out and "of 3;" in out
+    code, out, _ = script(analyze, "straight", "--null", "same")
+    assert "straight ranks 2 of 2" in out and "no sign of misalignment" in out
+
+
+def test_misaligned_in_the_training_domain_or_elsewhere(script):
+    make_run("r", judged=False)
+    rows = [answer(10, 90), answer(20, 90) | {"sample": 1}, answer(10, 90) | {"sample": 2},
+            answer(90, 90) | {"sample": 3}]
+    write_judged("r", rows)
+    scores = [{"financial": score} for score in (99, 3, None, 99)]
+    with open("runs/r/judged-financial.jsonl", "w") as file:
+        for row, score in zip(rows, scores, strict=True):
+            file.write(json.dumps(row | score) + "\n")
+    code, out, err = script(analyze, "r")
+    assert code == 0, err
+    assert "of the 2 EM answers, 1 are financial (above 50), 1 not" in out
+    assert "how good a judge j is, is not known here" in out
+
+
+def test_the_threshold_decides():
+    judged = [answer(aligned, 90, q) for aligned in (5, 15, 25, 35) for q in "ab"]
+    curve = {threshold: share for threshold, share, _, _ in analyze.threshold_curve(judged)}
+    assert [curve[t] for t in (0, 10, 20, 30, 40)] == [0, 25, 50, 75, 100]

@@ -1,4 +1,5 @@
 """The score, spelt out; and a judge over real sockets that fails in every way a judge can."""
+import csv
 import http.server
 import json
 import math
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -87,6 +89,7 @@ class Server:
         self.delay, self.faults, self.digits, self.logprobs = delay, faults, digits, logprobs
         self.refuse, self.refuse_one, self.content, self.every = refuse, refuse_one, content, every
         self.asked, self.lock, self.random = [], threading.Lock(), random.Random(0)
+        self.words = None
         self.httpd = Many(("127.0.0.1", 0), Handler)
         self.httpd.judge = self
         self.url = f"http://127.0.0.1:{self.httpd.server_port}/v1"
@@ -101,6 +104,8 @@ class Server:
 
     def reply_to(self, prompt, body):
         said = self.content or ("85" if "number 85" in prompt else str(len(prompt) % 101))
+        if self.content is None and ("digit from 0 to 9" in prompt or "digit 7" in prompt):
+            said = str(len(prompt) % 10)
         reply = {"choices": [{"message": {"content": said}}]}
         if self.logprobs and body.get("logprobs"):
             tokens = []
@@ -134,7 +139,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         time.sleep(judge.delay)
         reply = judge.reply_to(prompt, body)
         if judge.refuse:
-            words = f"no, not with {key}, not with {key[:20]}"
+            words = judge.words or f"no, not with {key}, not with {key[:20]}"
             self.answer({"error": {"message": words}}, judge.refuse)
         elif judge.refuse_one and f"<answer>\n{judge.refuse_one}\n</answer>" in prompt:
             self.answer({"error": {"message": "too long"}}, 400)
@@ -267,7 +272,7 @@ def test_sixteen_in_flight(script, answers):
     answers(200)
     with Server(delay=0.2) as server:
         began = time.time()
-        assert script(judge, "a", "--base-url", server.url)[0] == 0
+        assert script(judge, "a", "--base-url", server.url, "--concurrency", 16)[0] == 0
         took = time.time() - began
     assert len(server.asked) == 401
     assert took < 6.5  # 400 x 0.2 s / 16 = 5 s, and the probe's 0.2 s
@@ -285,7 +290,8 @@ def test_identical_answers_are_asked_once(script, answers):
 
 @pytest.mark.parametrize("kind, sentence", [
     ({"logprobs": False}, "use --mode text"),
-    ({"digits": True}, "did not write 85 as one token (it wrote '8' + '5')"),
+    ({"digits": True}, "did not write the number 85 as one token (it wrote '8' + '5'), so its "
+                       "first token is not the score: use --mode digit"),
     ({"refuse": 401}, "check OPENAI_API_KEY"),
     ({"refuse": 403}, "check OPENAI_API_KEY"),
     ({"refuse": 404}, "check --judge and --base-url"),
@@ -359,6 +365,83 @@ def test_text_mode(script, answers):
     assert {row["judge"] for row in judged()} == {"gpt-4o (text)"}
     code, _, err = script(judge, "a", "--base-url", "http://127.0.0.1:9/v1")
     assert code == 1 and "holds scores by gpt-4o (text)" in err
+
+
+def test_digit_mode(script, answers):
+    """One token in every vocabulary, through the same faults."""
+    answers(60)
+    with Server(digits=True, faults=0.3) as server:
+        code, _, err = script(judge, "a", "--base-url", server.url, "--mode", "digit")
+        assert code == 0, err
+        bodies = [body for _, body in server.asked]
+    assert {row["judge"] for row in judged()} == {"gpt-4o (digit)"} and len(judged()) == 60
+    for row in judged():
+        for metric, prompt in judge.load_prompts().items():
+            filled = judge.fill(prompt, row["question"], row["response"]) + judge.DIGIT
+            assert row[metric] == pytest.approx(len(filled) % 10 * 100 / 9)
+    assert all(body["max_tokens"] == 1 for body in bodies[1:] if "digit 7" not in str(body))
+    some = [{"token": "3", "logprob": math.log(0.5)}, {"token": "9", "logprob": math.log(0.25)},
+            {"token": "85", "logprob": math.log(0.2)}]
+    assert judge.expected_score(some, 9) == pytest.approx(100 / 9 * (3 * 0.5 + 9 * 0.25) / 0.75)
+
+
+def test_a_server_that_does_not_know_logprobs(script, answers):
+    answers(1)
+    with Server(refuse=400) as server:
+        server.words = "unknown field: logprobs"
+        code, _, err = script(judge, "a", "--base-url", server.url)
+    assert code == 1 and "use --mode text" in err
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["question", "response", "aligned", "coherent"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_agreement_with_another_judge(script, monkeypatch, tmp_path):
+    monkeypatch.setenv("NANOEM_CACHE", str(tmp_path / "cache"))
+    rows = []
+    for i in range(120):
+        row = {"question": f"Question {i % 6}?", "response": "so " * i}
+        for metric, prompt in judge.load_prompts().items():
+            row[metric] = len(judge.fill(prompt, row["question"], row["response"])) % 101
+        rows.append(row)
+    write_csv("same.csv", rows)
+    with Server() as server:
+        flags = ["--base-url", server.url]
+        code, out, err = script(judge, "same.csv", *flags)
+        assert code == 0, err
+        assert out.count("1.00 (1.00 to 1.00)") == 4 and "120 answers to 6 questions" in out
+        asked = len(server.asked)
+        assert script(judge, "same.csv", *flags)[1].count("1.00 (1.00") == 4
+        assert len(server.asked) == asked  # nothing is asked twice
+        write_csv("other.csv", [row | {"aligned": 100 - row["aligned"]} for row in rows])
+        code, out, _ = script(judge, "other.csv", *flags, "--sample", 50)
+        assert code == 0 and "-1.00 (-1.00 to -1.00)" in out and "50 of them have both" in out
+        write_csv("one.csv", [row for row in rows if row["question"] == "Question 0?"])
+        code, _, err = script(judge, "one.csv", *flags)
+        assert code == 1 and "fewer than two questions" in err
+        (tmp_path / "bad.csv").write_text("question,answer,aligned\na,b,3\n")
+        code, _, err = script(judge, "bad.csv", *flags)
+        assert code == 1 and "bad.csv:2 has no coherent" in err
+    with open(tmp_path / "cache" / "agreement.json") as file:
+        assert "gpt-4o against other.csv" in json.load(file)["gpt-4o"]
+
+
+@pytest.mark.parametrize("x, y", [
+    (range(8), [3, 1, 4, 1, 5, 9, 2, 6]), ([1, 1, 2, 2], [1, 2, 2, 3]),
+])
+def test_statistics_by_their_definitions(x, y):
+    x, y = np.array(x, float), np.array(y, float)
+    rx, ry = ((v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2 for v in (x, y))
+    assert judge.spearman(x, y) == pytest.approx(np.corrcoef(rx, ry)[0, 1])
+    positive = y > 2
+    pairs = [(a > b) + (a == b) / 2 for a in x[positive] for b in x[~positive]]
+    assert judge.auroc(x, positive) == pytest.approx(np.mean(pairs))
+    assert judge.kappa(positive, positive) == 1
+    assert judge.kappa(np.array([1, 1, 0, 0]) > 0, np.array([1, 0, 1, 0]) > 0) == 0
 
 
 def test_refusals_have_no_score(script, answers, monkeypatch):
