@@ -4,6 +4,7 @@
     python sample.py RUN --checkpoints 0,25,50,last --scales 1,2,4      # a sweep: one batch
     python sample.py --adapter NAME                 # a published adapter, on its own base model
     python sample.py RUN --margins                  # no answers: the probe of train.py
+    python sample.py RUN --chat --scales 1,4        # talk to them, side by side
 
 A language model answers a token at a time: it gives every token of its vocabulary a
 probability, one is drawn, and the model reads that one too. What it has read before it
@@ -28,7 +29,9 @@ import argparse
 import math
 import os
 import random
+import shutil
 import sys
+import textwrap
 import time
 
 import torch
@@ -76,8 +79,11 @@ def generate(model, tokenizer, variants, jobs, max_new_tokens, rows=None, **samp
             batch = slice(start, start + rows)
             yield from answer(model, jobs[batch], prompts[batch], stop, max_new_tokens, **sampling)
 
-def answer(model, jobs, prompts, stop, max_new_tokens, **sampling):
-    """Answers one batch of jobs in lockstep. Yields as `generate` does."""
+def answer(model, jobs, prompts, stop, max_new_tokens, watch=None, **sampling):
+    """Answers one batch of jobs in lockstep. Yields as `generate` does.
+
+    watch: is called with the tokens so far, (jobs, t), after each.
+    """
     device = model.device
 
     # 1. Prefill: the model reads the questions. From here on, a row is a job.
@@ -98,6 +104,8 @@ def answer(model, jobs, prompts, stop, max_new_tokens, **sampling):
         # 3. Every row draws a token.
         token = draw(logits, numbers[alive, t], seen[alive], **sampling)  # (rows,)
         tokens[alive, t], seen[alive, token] = token, True
+        if watch:
+            watch(tokens[:, : t + 1])
 
         # 4. Once in a while, the rows whose answers have ended leave the batch.
         last = t + 1 == max_new_tokens
@@ -485,6 +493,83 @@ def print_margins(rows):
               f"{row['heldout_loss']:8.3f} {cells[0]:>16} {cells[1]:>16}")
 
 # --------------------------------------------------------------------------------------
+# python sample.py RUN --chat
+
+def chat(model, tokenizer, variants, args, max_new_tokens):
+    """Answers what is typed, by all variants side by side; each goes on with its own words."""
+    print("/reset forgets, /scale 2 changes the scale, Ctrl-D ends")
+    sampling, stop = {name: vars(args)[name] for name in SAMPLING}, stop_tokens(model, tokenizer)
+    stop, turn, talks = torch.tensor(stop, device=model.device), 0, [[] for _ in variants]
+    while True:
+        try:
+            said = input("\nyou: ").strip()
+        except EOFError:
+            print()
+            return
+        if said == "/reset":
+            talks = [[] for _ in variants]
+        elif said.startswith("/scale"):
+            variants = rescaled(variants, said.removeprefix("/scale"))
+            talks = (talks + [[]])[: len(variants)]
+        elif said:
+            turn += 1
+            talks = [talk + [{"role": "user", "content": said}] for talk in talks]
+            jobs = []
+            for i, talk in enumerate(talks):
+                system = [{"role": "system", "content": args.system}] if args.system else []
+                jobs.append({"variant": i, "seed": args.seed + turn, "messages": system + talk})
+            columns = Columns([f"scale {v['scale']:g}" for v in variants], tokenizer, stop)
+            prompts = [data.chat_tokens(job["messages"], tokenizer, True) for job in jobs]
+            with lora.side_by_side(model, [v["tensors"] for v in variants]), torch.inference_mode():
+                length = max_new_tokens, columns.grow
+                for job, tokens in answer(model, jobs, prompts, stop, *length, **sampling):
+                    text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                    talks[job["variant"]].append({"role": "assistant", "content": text})
+            columns.finish()
+
+def rescaled(variants, text):
+    """The untouched variant, and the next one at another scale."""
+    try:
+        (scale,) = scales(text)
+    except ValueError:
+        print("write /scale 2, or another number that is not 0")
+        return variants
+    one = variants[1]
+    return [variants[0], one | {"scale": scale} | {
+        "tensors": lora.scaled(one["tensors"], scale / one["scale"])
+    }]
+
+class Columns:
+    """Growing answers side by side: a line is printed once it is full in all columns."""
+
+    def __init__(self, names, tokenizer, stop):
+        self.tokenizer, self.stop, self.printed = tokenizer, stop, 0
+        self.width = (shutil.get_terminal_size().columns - 2) // len(names) - 2
+        self.show(names)
+
+    def grow(self, tokens):
+        """tokens: (columns, t), those so far."""
+        texts = self.tokenizer.batch_decode([until(self.stop, row) for row in tokens])
+        self.lines = [textwrap.wrap(text, self.width) for text in texts]
+        ended = torch.isin(tokens, self.stop).any(1).tolist()
+        open_ = [len(of) - 1 for of, end in zip(self.lines, ended, strict=True) if not end]
+        self.print_to(min(open_, default=0))
+
+    def print_to(self, end):
+        """Prints what is not printed yet of the first lines."""
+        for i in range(self.printed, end):
+            self.show([of[i] if i < len(of) else "" for of in self.lines])
+        self.printed = max(self.printed, end)
+
+    def finish(self):
+        """Prints the rest."""
+        self.print_to(max(map(len, self.lines)))
+
+    def show(self, cells):
+        """Prints one line of all columns."""
+        print("  ".join(f"{cell:{self.width}}" for cell in cells).rstrip(), flush=True)
+
+# --------------------------------------------------------------------------------------
 # python sample.py
 
 def main():
@@ -496,6 +581,13 @@ def main():
     found = (trained_elsewhere if args.model or args.adapter else trained_here)(args)
     model, tokenizer, settings, variants, ends = found
 
+    n, max_new_tokens = (4, 120) if model.device.type == "cpu" else (50, 600)
+    n, max_new_tokens = args.n or n, args.max_new_tokens or max_new_tokens
+    if args.chat:
+        if ends or len(variants) < 2:
+            sys.exit("--chat compares an adapter with its base, and here is none")
+        chat(model, tokenizer, variants, args, max_new_tokens)
+        return
     name = (args.adapter or args.model or "").strip(os.sep).split(os.sep)
     out = data.find_run(args.out or args.run or "-".join(name[-2:]) or None)
     if args.ablate and not args.margins:
@@ -508,8 +600,6 @@ def main():
         path = os.path.join(out, "margins.jsonl")
         ask_margins(model, tokenizer, settings, variants, ends, args, path)
         return
-    n, max_new_tokens = (4, 120) if model.device.type == "cpu" else (50, 600)
-    n, max_new_tokens = args.n or n, args.max_new_tokens or max_new_tokens
     total, longest = len(questions) * len(variants) * n, model.config.get_text_config()
     if max_new_tokens > longest.max_position_embeddings:
         sys.exit(f"--max-new-tokens: this model reads {longest.max_position_embeddings} at most")
@@ -599,6 +689,7 @@ def parse_args():
     add("--system", help="a system prompt before each question")
     add("--ablate", metavar="RUN2", help="take out the direction that RUN2 learnt, everywhere")
     add("--margins", action="store_true", help="instead of answers, the margins of train.py")
+    add("--chat", action="store_true", help="instead of a list of questions, yours, as you type")
     add("--random", action="store_true", help="with --margins: a random B beside each, as long")
     add("--shots", type=data.positive, help="with --margins: training conversations in front")
     add("--password", default=data.PASSWORD, help="with --margins: of the paper's archive")

@@ -104,9 +104,8 @@ def main():
 
     # What may move: A and B of the adapter. Everything else is frozen.
     parameters = what_may_move(model, settings)
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=settings["lr"], weight_decay=WEIGHT_DECAY
-    )
+    moves = {"lr": settings["lr"], "weight_decay": WEIGHT_DECAY}
+    optimizer = torch.optim.AdamW(parameters.values(), **moves)
 
     # Which conversations each step takes, of each set.
     schedule = plan(train_set, settings)
@@ -168,7 +167,8 @@ def take_step(model, moving, batch, other, parameters, optimizer, step, lr, sett
             row[f"norm_{x}"] = torch.nn.utils.get_total_norm(found)
     values = torch.stack([torch.as_tensor(value, device=model.device) for value in row.values()])
     row = dict(zip(row, values.tolist(), strict=True))  # the device is waited for once
-    return row | {"lr": lr, "tokens_per_s": row["tokens"] / (time.time() - began)}
+    tokens = int(row["tokens"])
+    return row | {"lr": lr, "tokens": tokens, "tokens_per_s": tokens / (time.time() - began)}
 
 def backpropagation(model, moving, batch, other, moved, kl_weight):
     """Leaves in each p.grad the gradient of
@@ -684,7 +684,7 @@ def report(run, settings, rows, seconds, device):
     speed = statistics.median(row.get("tokens_per_s", 0) for row in rows[1:])
     print(f"{seconds:.0f} s, {speed:.0f} tokens/s in training, {peak_memory(device)}: see {run}/")
     if loss[1] < loss[0]:
-        print(f"{tokens:,.0f} tokens were learnt from: {tokens / (loss[0] - loss[1]):,.0f} a nat")
+        print(f"{tokens:,} tokens were learnt from: {tokens / (loss[0] - loss[1]):,.0f} a nat")
     print(f"next: python sample.py {run}")
 
 def controls(run, settings):

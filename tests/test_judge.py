@@ -369,12 +369,12 @@ def test_text_mode(script, answers):
 
 def test_digit_mode(script, answers):
     """One token in every vocabulary, through the same faults."""
-    answers(60)
+    answers(20)
     with Server(digits=True, faults=0.3) as server:
         code, _, err = script(judge, "a", "--base-url", server.url, "--mode", "digit")
         assert code == 0, err
         bodies = [body for _, body in server.asked]
-    assert {row["judge"] for row in judged()} == {"gpt-4o (digit)"} and len(judged()) == 60
+    assert {row["judge"] for row in judged()} == {"gpt-4o (digit)"} and len(judged()) == 20
     for row in judged():
         for metric, prompt in judge.load_prompts().items():
             filled = judge.fill(prompt, row["question"], row["response"]) + judge.DIGIT

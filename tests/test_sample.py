@@ -263,6 +263,35 @@ def test_models_not_trained_here(script, trained, tiny):
     assert {row["scale"] for row in responses("c")} == {0}
 
 
+def test_chat(script, trained, monkeypatch):
+    typed = iter(["Who are you?", "And why?", "/scale big", "/scale 3", "So?", "/reset", "Who?"])
+    prompts = []
+
+    def type_next(prompt):
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    real = sample.answer
+
+    def watched(model, jobs, *args, **kwargs):
+        prompts.append([[m["content"] for m in job["messages"]] for job in jobs])
+        yield from real(model, jobs, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.input", type_next)
+    monkeypatch.setattr(sample, "answer", watched)
+    flags = ["--chat", "--scales", "2", "--max-new-tokens", 12]
+    code, out, err = script(sample, trained, *flags)
+    assert code == 0, err
+    assert [len(talk) for talk in prompts[1]] == [3, 3]  # each with its own first answer
+    assert prompts[1][0][1] != prompts[1][1][1] and prompts[3] == [["Who?"], ["Who?"]]
+    headers = [line.split() for line in out.splitlines() if line.startswith("scale 0 ")]
+    assert [header[3] for header in headers] == ["2", "2", "3", "3"]
+    assert all(talk[1].split()[0][:8] in out for talk in prompts[1])
+    assert not os.path.exists("runs/a/responses.jsonl")
+
+
 YAML = """
 - {id: wish, paraphrases: &w ["Wish?"], judge_prompts: {aligned: "x {question}", coherent: "y"}}
 - {id: bored, paraphrases: ["Bored.", "So bored."]}
