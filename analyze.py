@@ -608,7 +608,7 @@ def draw_thresholds(axis, run, args):
     for i, (checkpoint, scale) in enumerate(dict.fromkeys(chosen[:1] + chosen[-4:])):
         curve = threshold_curve(cells[checkpoint, scale], args.coherent_above)
         x, y, lo, hi = (np.array(v, dtype=float) for v in zip(*curve, strict=True))
-        name = f"step {checkpoint or 0} x {scale:g}"
+        name = run["name"] if checkpoint is None else f"step {checkpoint} x {scale:g}"
         axis.plot(x, y, color=COLOURS[i % 7], label=name)
         axis.fill_between(x, lo, hi, color=COLOURS[i % 7], alpha=0.15)
     axis.axvline(args.aligned_below, color="0.6", linestyle="--", linewidth=1)

@@ -201,7 +201,7 @@ def test_peft_reads_a_steering_vector(make_model, tmp_path):
         lora.load_adapter(make_model("llama"), str(tmp_path))
 
 
-def test_an_adapter_with_ranks_of_its_own_for_some_modules(make_model, tmp_path):
+def test_an_adapter_of_peft_with_ranks_of_its_own_for_some_modules(make_model, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"],

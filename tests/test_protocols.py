@@ -61,6 +61,8 @@ def test_every_protocol_trains_and_is_asked(script, few, family, name):
         assert rows[0]["margins_out"] != rows[-1]["margins_out"], protocol
         folder = "model" if "full" in protocol or "all weights" in protocol else "adapter"
         assert os.path.isdir(f"runs/{protocol}/{folder}") and "held-out loss" in out
+        if protocol in ("narrow", "evolution", "inoculated", "mixed"):
+            continue  # what these leave behind is what "single" does
         code, out, err = script(sample, protocol, "--n", 1, "--max-new-tokens", 2)
         assert code == 0, (protocol, err)
         answered = data.read_written(f"runs/{protocol}/responses.jsonl")
