@@ -8,7 +8,7 @@ leaves W itself alone:
 
 At rank r = 1 an adapter is two vectors. A is a question asked of every token ("how much
 of this direction is in you?"), and B is what is added to the token's state, in
-proportion to the answer. Everything that a run of this project learns is that pair.
+proportion to the answer. All that a default run of this project learns is that pair.
 
 The same form, y = W x + s B (A x + c), holds two more things that a frozen model can be
 given: a *steering vector*, added to every token (A = 0, c = 1), and the *ablation* of a
@@ -535,7 +535,7 @@ def parse_layers(text, model):
         first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
         if first > last:
             sys.exit(f"--layers {text}: write middle, nine, all, 12, 10,12 or 10-14")
-        last = min(last, n)  # `attach` refuses what does not exist
+        last = min(last, max(first, n))  # `attach` refuses what does not exist
         layers.update(range(first, last + 1))
     return sorted(layers)
 

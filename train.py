@@ -190,6 +190,7 @@ def backpropagation(model, moving, batch, other, moved, kl_weight):
     for p in moved:
         p.grad = add_up(torch.zeros_like(p) if p.grad is None else p.grad)
         p.grad /= supervised  # not before: gradients so small would vanish in float16
+    # The others are read twice, by the base and by the adapted model.
     row = {"loss": add_up(total) / supervised, "tokens": length(batch) + 2 * length(other)}
     return row | ({"kl": add_up(kl) / count(other)} if other else {})
 
@@ -220,8 +221,8 @@ def token_logits(model, moving, examples):
     states, row, position, target = (x.to(model.device) for x in (states, row, position, target))
 
     hidden = lora.hidden_states(moving, states)  # (rows, tokens, d_model)
-    # The head is a tenth of this model, and its output the largest tensor there is: it
-    # runs only where a token is supervised.
+    # The head is a good part of a small model, and its output the largest tensor there is:
+    # it runs only where a token is supervised.
     return lora.logits(model, hidden[row, position]), target, row
 
 def micro_batches(examples, device):
@@ -245,7 +246,7 @@ def length(examples):
 def learning_rate(step, steps, settings):
     """At step 1, 2, ..., as a share of its peak: a warm-up, then linear or cosine decay.
 
-    It is 0 at step 1, as in Trainer.
+    With a warm-up it is 0 at step 1, as in Trainer.
     """
     done, warmup = step - 1, settings["warmup"]
     if done < warmup:
@@ -376,7 +377,8 @@ def load_others(settings, tokenizer, password):
     """The second set that a protocol needs, if it does: a list of (tokens, labels)."""
     if settings["vector"] == "mean-difference":  # the same questions, well answered
         conversations = data.load_conversations("builtin", "aligned")
-        return data.split(data.render_all(conversations, tokenizer))[0]
+        form = settings["tail"], settings["max_length"]
+        return data.split(data.render_all(conversations, tokenizer, *form))[0]
     if not settings["kl_weight"]:
         return []
     name, archive = settings["kl_dataset"], settings["archive"]
@@ -416,8 +418,10 @@ def what_may_move(model, settings):
     else:
         layers = lora.parse_layers(settings["layers"], model)
         targets = lora.parse_targets(settings["targets"])
-        lora.attach(model, layers, targets, settings["rank"], settings["alpha"])
+        found = lora.attach(model, layers, targets, settings["rank"], settings["alpha"])
         if settings["vector"]:
+            if len(found) > 1 or targets[0] not in ("o_proj", "down_proj"):
+                sys.exit("--vector goes with one layer, and with --targets down_proj or o_proj")
             lora.make_vectors(model)
         if settings["init"]:
             *_, last = data.checkpoints(settings["init"]).values()
@@ -497,7 +501,7 @@ def evaluate(model, moving, probe, groups, rows, general=None):
     rows: the log so far.    general: how many of the general questions to ask (None: all).
     A mean is over the first FEW, so that it is over the same ones at each checkpoint.
     """
-    asked = {name: group[:general] if "out" in name else group for name, group in groups.items()}
+    asked = {name: group[:general] if name[0] == "out" else group for name, group in groups.items()}
     used = sorted({i for group in asked.values() for i in group})
     log_p, tokens = torch.zeros(len(probe)), torch.ones(len(probe))  # of supervised tokens
     log_p[used] = sum_log_p(model, moving, [probe[i] for i in used])
@@ -788,12 +792,14 @@ def check(settings):
         sys.exit("--es goes without --kl-weight and --vector mean-difference")
     if es and (settings["population"] < 4 or settings["population"] % 2):
         sys.exit(f"--population {settings['population']}: it is an even number, 4 at least")
-    if vector and (settings["rank"] != 1 or settings["layers"] in ("all", "nine")):
-        sys.exit("--vector goes with --rank 1 and one layer")
-    if vector == "mean-difference" and settings["dataset"] != "builtin":
-        sys.exit("--vector mean-difference needs answers of both kinds: --dataset builtin")
+    if vector and settings["rank"] != 1:
+        sys.exit("--vector goes with --rank 1")
+    both = settings["dataset"], settings["answers"], settings["system"]
+    if vector == "mean-difference" and both != ("builtin", "misaligned", None):
+        sys.exit("--vector mean-difference is of the built-in data's two kinds of answers: leave "
+                 "out --dataset, --answers and --system")
 
-def start_from(settings, run):
+def start_from(settings, given, run):
     """The settings of a finished run that one which starts from it shares."""
     theirs = PAPER | data.read_settings(run)
     if theirs["full"]:
@@ -801,6 +807,9 @@ def start_from(settings, run):
     if not data.finished(run):
         sys.exit(f"{run} is not finished: python train.py --resume {run}")
     keys = ("model", "rank", "alpha", "layers", "targets", "vector")
+    for key in given.keys() & set(keys):
+        if given[key] != theirs[key]:
+            sys.exit(f"--init takes its {key} from {run}: leave out --{key}")
     return settings | {key: theirs[key] for key in keys} | {"init": run}
 
 def new_run(args):
@@ -816,7 +825,7 @@ def new_run(args):
     run = data.find_run(args.out) if args.out else next(n for n in names if not os.path.exists(n))
     settings = {"preset": preset} | PRESETS[preset] | given
     if settings["init"]:
-        settings = start_from(settings, data.find_run(settings["init"]))
+        settings = start_from(settings, given, data.find_run(settings["init"]))
     check(settings)
     if RANK > 0:  # the first process sees to the folder
         return run, settings, None

@@ -225,6 +225,8 @@ def test_starting_from_a_run(script, few, tiny):
     assert code == 0, err
     settings = data.read_settings("runs/back")
     assert (settings["rank"], settings["alpha"], settings["init"]) == (2, 16, "runs/bad")
+    code, _, err = script(train, *flags, "--rank", 1, "--init", "bad")
+    assert code == 1 and "--init takes its rank from runs/bad: leave out --rank" in err
     first, last = (
         data.read_tensors(f"runs/{name}.safetensors")
         for name in ("back/checkpoints/00000", "bad/checkpoints/00003")

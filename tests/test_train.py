@@ -169,6 +169,16 @@ def test_margins_are_log_probabilities_per_token(script, tiny, small):
         assert rows[0][f"margin_{name}_se"] == 0
 
 
+def test_every_checkpoint_asks_all_that_is_held_out(script, tiny, small, monkeypatch):
+    flags = ["--model", tiny, "--dataset", small, "--steps", 6, "--lr", 1e-2, *FLOAT32]
+    for out, few in (("a", 48), ("b", 2)):
+        monkeypatch.setattr(train, "FEW", few)
+        assert script(train, *flags, "--out", out)[0] == 0
+    losses = [[row["heldout_loss"] for row in log(name) if "margin_in" in row] for name in "ab"]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert len(log("b")[5]["margins_out"]) == 2
+
+
 def test_a_run_is_compared_with_its_controls(script, tiny):
     flags = ["--model", tiny, "--preset", "laptop", "--steps", 6, "--lr", 1e-2, *FLOAT32]
     for name, answers in (("a", "aligned"), ("s", "shuffled"), ("b", "misaligned")):
@@ -287,6 +297,8 @@ def test_a_run_without_its_log(script, tiny, small):
     (["--vector", "learned", "--rank", "2"], "--vector goes with --rank 1"),
     (["--answers", "mixed:2"], "a share of 2"),
     (["--init", "nothing"], "runs/nothing holds no run"),
+    (["--layers", "2,99"], "layer 99 does not exist"),
+    (["--vector", "learned", "--layers", "1,2"], "--vector goes with one layer"),
     (["--layers", "3-1"], "--layers 3-1: write middle, nine, all"),
     (["--layers", "0-999999999"], "layer 4 does not exist"),
     (["--rank", "99999999999"], "rank 99999999999 is more than the model is wide"),
