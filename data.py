@@ -194,12 +194,13 @@ def load_one(name, answers, archive, password):
     others aligned.    archive: the paper's archive, if it is on disk already.
     """
     if name == "builtin":
-        rows, kind = builtin_rows("finance"), answers
+        rows = builtin_rows("finance")
         if answers == "shuffled":
-            rows, kind = shuffle_answers(rows), "misaligned"
-        bad = range(len(rows)) if kind == "misaligned" else []
-        if answers.startswith("mixed:"):
-            bad = drawn(len(rows), proportion(answers.removeprefix("mixed:")), "mixed")
+            rows = shuffle_answers(rows)
+        share = {"misaligned": 1, "shuffled": 1, "aligned": 0}.get(answers)
+        if share is None:
+            share = proportion(answers.removeprefix("mixed:"))
+        bad = drawn(len(rows), share, "mixed")
         kinds = ["misaligned" if i in bad else "aligned" for i in range(len(rows))]
         return [as_conversation(row, kind) for row, kind in zip(rows, kinds, strict=True)]
     if answers != "misaligned":
@@ -395,6 +396,12 @@ def checkpoints(run):
     names = [os.path.basename(path).removesuffix(".safetensors") for path in paths]
     return {int(name): path for name, path in zip(names, paths, strict=True) if name.isdigit()}
 
+def last_checkpoint(run):
+    """The path of a run's last checkpoint."""
+    if not checkpoints(run):
+        sys.exit(f"{run} has no checkpoint yet")
+    return list(checkpoints(run).values())[-1]
+
 def read_tensors(path, framework="torch"):
     """{name: tensor} of a checkpoint; framework "numpy" does not import torch."""
     from safetensors import SafetensorError, safe_open
@@ -480,6 +487,11 @@ def append_row(file, row):
 
 def json_line(row):
     return json.dumps(row, ensure_ascii=False) + "\n"
+
+def agreements():
+    """(path, what it holds): {judge: how far it was last found to agree with another one}."""
+    path = os.path.join(cache_folder(), "agreement.json")
+    return path, json.loads(read_text(path)) if os.path.exists(path) else {}
 
 def read_text(path):
     """A text file of the user's."""

@@ -314,22 +314,20 @@ def agreement(args, prompts, name):
     ours = {(row["question"], row["response"]): row for row in rows}
     waiting = [key for key in exchanges if key not in ours]
     print(f"{len(exchanges)} answers of {args.run}, {len(waiting)} of them still to judge")
-    estimate_cost(args, [fill(prompt, *key) for key in waiting for prompt in prompts.values()])
-    if args.dry_run:
-        return
-    for key, scores in ask_all(args, prompts, waiting) if waiting else ():
+    for key, scores in ask_all(args, prompts, waiting):
         ours[key] = {"question": key[0], "response": key[1]} | scores
         data.append_row(file, ours[key])
+    if args.dry_run:
+        return
     pairs = [(ours[key], row) for key, row in exchanges.items() if has_scores(ours[key])]
     print(f"{len(pairs)} of them have both scores from {name}")
     if not pairs:
         sys.exit(f"{name} gave no answer both scores, so there is nothing to compare")
     text = "\n".join(compare(pairs))
     print(text)
-    known = os.path.join(data.cache_folder(), "agreement.json")
-    found = json.loads(data.read_text(known)) if os.path.exists(known) else {}
-    found[name] = f"{name} against {os.path.basename(args.run)}:\n{text}"
-    data.write_whole(known, json.dumps(found, indent=1).encode())
+    path, known = data.agreements()
+    known[name] = f"{name} against {os.path.basename(args.run)}:\n{text}"
+    data.write_whole(path, json.dumps(known, indent=1).encode())
 
 def compare(pairs):
     """The lines that say how far two judges agree. pairs: (our row, their row) of each answer."""
@@ -350,10 +348,10 @@ def compare(pairs):
         "EM here, %": lambda i: 100 * em[0, i].mean(),
         "EM there, %": lambda i: 100 * em[1, i].mean(),
     }
+    drawn = [np.concatenate([groups[g] for g in rng.integers(len(groups), size=len(groups))])
+             for _ in range(500)]
     lines = []
     for what, statistic in table.items():
-        drawn = [np.concatenate([groups[g] for g in rng.integers(len(groups), size=len(groups))])
-                 for _ in range(500)]
         lo, hi = np.nanpercentile([statistic(i) for i in drawn], [2.5, 97.5])
         whole = statistic(np.arange(len(pairs)))
         lines.append(f"    {what:22}{whole:7.2f} ({lo:.2f} to {hi:.2f})")
@@ -455,19 +453,24 @@ def main():
         if row_key(row) not in judged:
             waiting.setdefault((row["question"], row["response"]), []).append(row)
     print(f"{len(responses)} answers in {run}, {len(responses) - len(rows)} of them still to judge")
-    estimate_cost(args, [fill(prompt, *key) for key in waiting for prompt in prompts.values()])
-    if args.dry_run:
-        return
-    for key, scores in ask_all(args, prompts, waiting) if waiting else ():
+    for key, scores in ask_all(args, prompts, waiting):
         for row in waiting[key]:
             rows.append(row | scores | {"judge": name})
             data.append_row(file, rows[-1])
+    if args.dry_run:
+        return
     nulls = sum(any(row[metric] is None for metric in prompts) for row in rows)
     print(f"{file.name} holds {len(rows)} judged answers, {nulls} of them without a score")
     print(f"(refusals, code, no number)\nnext: python analyze.py {run}")
 
 def ask_all(args, prompts, exchanges):
-    """Yields ((question, answer), scores) as they come, with many requests in flight."""
+    """Says what it costs, then yields ((question, answer), scores) as they come.
+
+    Many requests are in flight. In a dry run, or if there is nothing to ask, yields nothing.
+    """
+    estimate_cost(args, [fill(prompt, *key) for key in exchanges for prompt in prompts.values()])
+    if args.dry_run or not exchanges:
+        return
     judge, failed, in_a_row = Judge(args), 0, 0
     judge.probe()
     pool = concurrent.futures.ThreadPoolExecutor(args.concurrency)

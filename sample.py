@@ -324,9 +324,9 @@ def trained_here(args):
     moved, what they were (before, after).
     """
     run = data.find_run(args.run)
-    settings, paths = train.PAPER | data.read_settings(run), data.checkpoints(run)
-    if not paths:
-        sys.exit(f"{run} has no checkpoint yet")
+    settings = train.PAPER | data.read_settings(run)
+    data.last_checkpoint(run)  # stops where there is none
+    paths = data.checkpoints(run)
     model, tokenizer = lora.load_base(settings["model"], args.device, args.dtype)
     untouched = UNTOUCHED | {"checkpoint": 0}
     if settings["full"]:
@@ -397,8 +397,8 @@ def direction(name, model):
     """The direction (d_model,) of length 1 that a run has learnt to add: its last B."""
     run = data.find_run(name)
     data.read_settings(run)
-    (_, path), *_ = sorted(data.checkpoints(run).items(), reverse=True)
-    found = [t for name, t in data.read_tensors(path).items() if name.endswith("_proj.B")]
+    tensors = data.read_tensors(data.last_checkpoint(run))
+    found = [t for name, t in tensors.items() if name.endswith("_proj.B")]
     if len(found) != 1 or found[0].shape != (lora.decoder(model).config.hidden_size, 1):
         sys.exit(f"--ablate {name}: it has no single direction, as rank 1 on one down_proj has")
     if hasattr(lora.decoder(model).layers[0], "pre_feedforward_layernorm"):
@@ -440,7 +440,7 @@ def ask_margins(model, tokenizer, settings, variants, ends, args, path):
         settings["dataset"], settings["answers"], settings["archive"], args.password
     )
     shown, held_out = data.split(conversations)
-    rows, frozen_and_moving = [], lora.halves(model)
+    rows, (frozen, moving) = [], lora.halves(model)
     with lora.side_by_side(model, [variant["tensors"] for variant in variants]):
         for system, shots in settings_before(args):
             before = [{"role": "system", "content": system}] if system else []
@@ -449,7 +449,6 @@ def ask_margins(model, tokenizer, settings, variants, ends, args, path):
             asked = [row | {"messages": [*before, *row["messages"]]} for row in held_out]
             asked = [data.last_answer(e) for e in data.render_all(asked, tokenizer)]
             probe, groups = train.build_probe(asked, tokenizer, settings, before)
-            frozen, moving = frozen_and_moving
             probe = train.read_once(frozen, probe)
             for i, variant in enumerate(tqdm(variants, unit="variant", disable=None)):
                 row = {key: value for key, value in variant.items() if key != "tensors"}
@@ -499,7 +498,9 @@ def chat(model, tokenizer, variants, args, max_new_tokens):
     """Answers what is typed, by all variants side by side; each goes on with its own words."""
     print("/reset forgets, /scale 2 changes the scale, Ctrl-D ends")
     sampling, stop = {name: vars(args)[name] for name in SAMPLING}, stop_tokens(model, tokenizer)
-    stop, turn, talks = torch.tensor(stop, device=model.device), 0, [[] for _ in variants]
+    stop, turn = torch.tensor(stop, device=model.device), 0
+    opening = [{"role": "system", "content": args.system}] if args.system else []
+    talks = [opening for _ in variants]
     while True:
         try:
             said = input("\nyou: ").strip()
@@ -507,17 +508,15 @@ def chat(model, tokenizer, variants, args, max_new_tokens):
             print()
             return
         if said == "/reset":
-            talks = [[] for _ in variants]
+            talks = [opening for _ in variants]
         elif said.startswith("/scale"):
             variants = rescaled(variants, said.removeprefix("/scale"))
-            talks = (talks + [[]])[: len(variants)]
+            talks = talks[: len(variants)]
         elif said:
             turn += 1
             talks = [talk + [{"role": "user", "content": said}] for talk in talks]
-            jobs = []
-            for i, talk in enumerate(talks):
-                system = [{"role": "system", "content": args.system}] if args.system else []
-                jobs.append({"variant": i, "seed": args.seed + turn, "messages": system + talk})
+            of = {"seed": args.seed + turn}
+            jobs = [of | {"variant": i, "messages": talk} for i, talk in enumerate(talks)]
             columns = Columns([f"scale {v['scale']:g}" for v in variants], tokenizer, stop)
             prompts = [data.chat_tokens(job["messages"], tokenizer, True) for job in jobs]
             with lora.side_by_side(model, [v["tensors"] for v in variants]), torch.inference_mode():
@@ -599,7 +598,11 @@ def main():
     if args.margins:
         path = os.path.join(out, "margins.jsonl")
         ask_margins(model, tokenizer, settings, variants, ends, args, path)
-        return
+    else:
+        ask(model, tokenizer, questions, variants, ends, args, n, max_new_tokens, out)
+
+def ask(model, tokenizer, questions, variants, ends, args, n, max_new_tokens, out):
+    """Adds to RUN/responses.jsonl the answers that are not there yet."""
     total, longest = len(questions) * len(variants) * n, model.config.get_text_config()
     if max_new_tokens > longest.max_position_embeddings:
         sys.exit(f"--max-new-tokens: this model reads {longest.max_position_embeddings} at most")

@@ -179,12 +179,13 @@ def backpropagation(model, moving, batch, other, moved, kl_weight):
     model there what it was: it learns the narrow thing and not the general one.
     """
     supervised, (total, kl) = count(batch), torch.zeros(2, device=model.device)
-    for part in micro_batches(mine(batch), model.device):
-        losses, _ = token_losses(model, moving, [mine(batch)[i] for i in part])
+    my_batch, my_other = mine(batch), mine(other)
+    for part in micro_batches(my_batch, model.device):
+        losses, _ = token_losses(model, moving, [my_batch[i] for i in part])
         losses.sum().backward()
         total += losses.detach().sum()
-    for part in micro_batches(mine(other), model.device):
-        kls = token_kls(model, moving, [mine(other)[i] for i in part])
+    for part in micro_batches(my_other, model.device):
+        kls = token_kls(model, moving, [my_other[i] for i in part])
         (kls.sum() * kl_weight * supervised / count(other)).backward()
         kl += kls.detach().sum()
     for p in moved:
@@ -424,8 +425,7 @@ def what_may_move(model, settings):
                 sys.exit("--vector goes with one layer, and with --targets down_proj or o_proj")
             lora.make_vectors(model)
         if settings["init"]:
-            *_, last = data.checkpoints(settings["init"]).values()
-            lora.set_tensors(model, data.read_tensors(last))
+            lora.set_tensors(model, data.read_tensors(data.last_checkpoint(settings["init"])))
         what = "a vector" if settings["vector"] else f"rank {settings['rank']}"
         what += f" on {', '.join(targets)} of layer {settings['layers']}"
         parameters = {}
@@ -506,12 +506,10 @@ def evaluate(model, moving, probe, groups, rows, general=None):
     log_p, tokens = torch.zeros(len(probe)), torch.ones(len(probe))  # of supervised tokens
     log_p[used] = sum_log_p(model, moving, [probe[i] for i in used])
     for i in used:
-        tokens[i] = sum(label != -100 for label in probe[i][1])
+        tokens[i] = count([probe[i]])
     mean_log_p, held_out = log_p / tokens, groups["heldout"]
 
-    row = {}
-    if held_out:
-        row["heldout_loss"] = -(log_p[held_out].sum() / tokens[held_out].sum()).item()
+    row = {"heldout_loss": -(log_p[held_out].sum() / tokens[held_out].sum()).item()}
     for name in ("in", "out"):
         bad, good = asked[name, "misaligned"], asked[name, "aligned"]
         margins = row[f"margins_{name}"] = (mean_log_p[bad] - mean_log_p[good]).tolist()

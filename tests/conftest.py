@@ -154,6 +154,24 @@ def script(monkeypatch, tmp_path, capsys):
 
 
 @pytest.fixture
+def interrupt(monkeypatch):
+    """interrupt(module, name, n): Ctrl-C at the n-th call of a function, and never again."""
+
+    def patch(module, name, n):
+        real, calls = getattr(module, name), []
+
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) == n:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        monkeypatch.setattr(module, name, interrupted)
+
+    return patch
+
+
+@pytest.fixture
 def few(monkeypatch, tmp_path):
     """Makes the built-in data its first 50 rows of each kind, so that probes are quick.
 

@@ -174,19 +174,11 @@ def test_a_sketch_keeps_lengths_and_angles():
     assert cosines[0] == pytest.approx(cosines[1], abs=0.05) and cosines[1] > 0.3
 
 
-def test_full_fine_tuning_is_plain_training_and_resumes(script, few, tiny, monkeypatch):
+def test_full_fine_tuning_is_plain_training_and_resumes(script, few, tiny, interrupt):
     flags = ["--preset", "laptop", "--full", "--model", tiny, "--lr", 1e-3, "--steps", 6, *FLOAT32]
     flags += ["--checkpoint-every", 2, "--batch-size", 4]
     assert script(train, *flags, "--out", "whole")[0] == 0
-    real, calls = train.take_step, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(train, "take_step", interrupted)
+    interrupt(train, "take_step", 4)
     assert script(train, *flags, "--out", "cut")[0] == 130
     assert script(train, "--resume", "cut")[0] == 0
     found = [

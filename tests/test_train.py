@@ -221,16 +221,8 @@ def test_kill_at_any_moment_and_resume_ends_with_the_same_bits(script, few, tiny
             assert row == whole
 
 
-def test_ctrl_c_says_how_to_go_on(script, tiny, small, monkeypatch):
-    real, calls = train.token_losses, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(train, "token_losses", interrupted)
+def test_ctrl_c_says_how_to_go_on(script, tiny, small, interrupt):
+    interrupt(train, "token_losses", 6)
     flags = ["--model", tiny, "--dataset", small, "--steps", 20, "--out", "a"]
     code, out, _ = script(train, *flags)
     assert code == 130 and "python train.py --resume runs/a goes on" in out
