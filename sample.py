@@ -373,7 +373,8 @@ def with_controls(model, variants, args):
     found = list(variants)
     if args.random:
         for variant in variants[1:]:
-            found.append(variant | {"tensors": random_B(variant["tensors"]), "random": True})
+            tensors = random_B(variant["tensors"], variant["scale"])
+            found.append(variant | {"tensors": tensors, "random": True})
     if args.ablate:
         v = direction(args.ablate, model)
         directions = [(v, False), (random_like(v), True)] if args.random else [(v, False)]
@@ -384,9 +385,10 @@ def with_controls(model, variants, args):
                 found.append(variant | {"tensors": tensors} | is_ablated)
     return found
 
-def random_B(tensors):
-    """The same adapter with a random B, as long as its own."""
-    return {name: random_like(t) if name.endswith(".B") else t for name, t in tensors.items()}
+def random_B(tensors, scale):
+    """The same adapter with a random B, as long as its own and with the sign of its scale."""
+    found = {name: random_like(t) if name.endswith(".B") else t for name, t in tensors.items()}
+    return lora.scaled(found, math.copysign(1, scale))
 
 def random_like(x):
     """A random tensor of the shape and length of x; the same at every call."""
@@ -435,6 +437,7 @@ def ask_margins(model, tokenizer, settings, variants, ends, args, path):
     Each is asked with nothing before the questions and, if so asked, with a system prompt or
     with some conversations of the training set, which is learning without any training.
     """
+    train.choose_attention(model)
     done, file = train.open_together(path)
     conversations = data.load_conversations(
         settings["dataset"], settings["answers"], settings["archive"], args.password

@@ -397,8 +397,7 @@ def load_model(settings):
         device = "cuda"  # each process has its own
     model, _ = lora.load_base(settings["model"], device, settings["dtype"])
     dtype = model.dtype
-    if model.device.type == "cpu" and dtype == torch.bfloat16:
-        model.set_attn_implementation("eager")  # torch's fused kernel is slow there
+    choose_attention(model)
     if settings["full"] and dtype != torch.float32:
         # Weights are kept in float32, or small steps would be rounded away; products are not.
         model.float()
@@ -406,6 +405,11 @@ def load_model(settings):
             part.forward = torch.autocast(model.device.type, dtype)(part.forward)
     settings["device"], settings["dtype"] = str(model.device), str(dtype)[len("torch.") :]
     return model
+
+def choose_attention(model):
+    """On a CPU in bfloat16, leaves torch's fused attention, which is slow there."""
+    if model.device.type == "cpu" and model.dtype == torch.bfloat16:
+        model.set_attn_implementation("eager")
 
 def what_may_move(model, settings):
     """Lays an adapter on the model, or frees all of it. Returns {name: parameter} that may move."""

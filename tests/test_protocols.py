@@ -255,6 +255,13 @@ def test_margins_of_variants(script, few, tiny):
     assert code == 1 and "it has no single direction" in err
 
 
+def test_a_random_control_has_the_length_and_the_sign_of_its_variant():
+    A, B = torch.randn(1, 6), torch.randn(8, 1)
+    plus, minus = (sample.random_B({"x.A": A, "x.B": s * B}, s) for s in (2.0, -2.0))
+    assert torch.equal(plus["x.B"], -minus["x.B"]) and torch.equal(plus["x.A"], A)
+    assert plus["x.B"].norm() == pytest.approx(2 * B.norm().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("flags", [
     [], ["--es", "--population", "12"],
     ["--full", "--lr", "1e-3"],
