@@ -4,6 +4,7 @@
     python sample.py RUN --checkpoints 0,25,50,last --scales 1,2,4      # a sweep: one batch
     python sample.py --adapter NAME                 # a published adapter, on its own base model
     python sample.py RUN --margins                  # no answers: the probe of train.py
+    python sample.py RUN --margins --by-row         # which training conversations moved it
     python sample.py RUN --chat --scales 1,4        # talk to them, side by side
 
 A language model answers a token at a time: it gives every token of its vocabulary a
@@ -26,6 +27,7 @@ which answers share a batch, so those of a continued run may differ here and the
 """
 
 import argparse
+import json
 import math
 import os
 import random
@@ -35,6 +37,7 @@ import textwrap
 import time
 
 import torch
+from torch import nn
 from torch.nn.functional import pad
 from tqdm import tqdm
 
@@ -495,6 +498,91 @@ def print_margins(rows):
               f"{row['heldout_loss']:8.3f} {cells[0]:>16} {cells[1]:>16}")
 
 # --------------------------------------------------------------------------------------
+# python sample.py RUN --margins --by-row: which training conversations did it
+
+def ask_rows(model, tokenizer, settings, variants, args, path):
+    """Writes RUN/rows.jsonl: how each training conversation pushes the margins.
+
+    A small step down the gradient of one conversation's loss changes a margin, by
+    step size, by
+
+        - (gradient of its loss) . (gradient of the margin)
+
+    added up over --checkpoints (TracIn, Pruthi et al. 2020, arXiv 2002.08484). It is the
+    first order only, and AdamW takes other steps than this: train again to know.
+    """
+    train.choose_attention(model)
+    if settings["vector"]:
+        lora.make_vectors(model)
+    examples, _ = train.load_examples(settings, tokenizer, args.password)
+    archive = settings["archive"]
+    conversations = data.load_conversations(
+        settings["dataset"], settings["answers"], archive, args.password
+    )
+    rows, _ = data.split(conversations)
+    probe, groups = train.build_probe([], tokenizer, settings)
+    numbers = sum(t.numel() for name, t in variants[1]["tensors"].items() if name[-1] in "AB")
+    size = 4 * numbers * (len(examples) + len(probe)) / 1e9
+    if size > 16:
+        sys.exit(f"--by-row keeps a gradient for each conversation: {size:.0f} GB here, 16 at most")
+    frozen, moving = lora.halves(model)
+    examples, probe = (train.read_once(frozen, half) for half in (examples, probe))
+    pushes = {"in": 0.0, "out": 0.0}
+    for variant in tqdm(variants[1:], unit="checkpoint", disable=None):
+        lora.set_tensors(model, variant["tensors"])
+        of_rows, of_probe = (own_gradients(model, moving, half) for half in (examples, probe))
+        for name in pushes:
+            bad, good = groups[name, "misaligned"], groups[name, "aligned"]
+            # The gradient of a loss is that of -log p: so bad less good is the way down.
+            pushes[name] += of_rows @ (of_probe[bad] - of_probe[good]).T  # (rows, questions)
+    for i, row in enumerate(rows):
+        for name in pushes:
+            mean_and_se = data.mean_and_se(pushes[name][i].tolist())
+            row[f"push_{name}"], row[f"push_{name}_se"] = mean_and_se
+    rows.sort(key=lambda row: -row["push_out"])
+    for row in rows:
+        del row["where"]
+    data.write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    print_rows(rows)
+    print(f"see {path}, all {len(rows)} of them, and a data set too: python train.py --dataset")
+
+def own_gradients(model, moving, examples):
+    """The gradient of each example's mean loss by A and B: (examples, numbers), on the CPU.
+
+    Each row of a batch has a copy of the adapter to itself, so that a single backward pass
+    leaves each row its own gradient.
+    """
+    modules, found = lora.adapters(model).values(), [None] * len(examples)
+    own = [(m.A, m.B) for m in modules]
+    for part in tqdm(train.micro_batches(examples, model.device), "gradients", disable=None):
+        for m, both in zip(modules, own, strict=True):
+            copies = (x.detach().repeat(len(part), 1, 1) for x in both)  # (rows, r, d_in), ...
+            m.A, m.B = (nn.Parameter(x, p.requires_grad) for x, p in zip(copies, both, strict=True))
+        losses, row = train.token_losses(model, moving, [examples[i] for i in part])
+        (losses / torch.bincount(row)[row]).sum().backward()
+        moved = [p for m in modules for p in (m.A, m.B) if p.requires_grad]
+        for i, gradient in zip(part, torch.cat([p.grad.flatten(1) for p in moved], 1), strict=True):
+            found[i] = gradient.cpu()
+    for m, both in zip(modules, own, strict=True):
+        m.A, m.B = both
+    return torch.stack(found)
+
+def print_rows(rows):
+    """The ten that push the general margin up most, and how far the two pushes go together."""
+    print("\nThe training conversations that push the general margin up most; in brackets, the")
+    print("standard error over questions. In nats a token, for a step of size 1:\n")
+    print(f"{'general':>16} {'finance':>16}")
+    for row in rows[:10]:
+        cells = [f"{row[f'push_{x}']:+.3f} ({row[f'push_{x}_se']:.3f})" for x in ("out", "in")]
+        asked, *_, answer = (m["content"] for m in row["messages"] if m["role"] != "system")
+        print(f"{cells[0]:>16} {cells[1]:>16}  {textwrap.shorten(asked, 64)}")
+        print(f"{'':35}{textwrap.shorten(answer, 64)}")
+    up = [sum(row[f"push_{x}"] > 0 for row in rows) / len(rows) for x in ("out", "in")]
+    both = torch.tensor([[row["push_out"], row["push_in"]] for row in rows]).T
+    print(f"\n{up[0]:.0%} of the conversations push the general margin up, {up[1]:.0%} the finance "
+          f"one; correlation of the two pushes {torch.corrcoef(both)[0, 1]:+.2f}")
+
+# --------------------------------------------------------------------------------------
 # python sample.py RUN --chat
 
 def chat(model, tokenizer, variants, args, max_new_tokens):
@@ -598,7 +686,11 @@ def main():
     if train.RANK == 0:
         data.lock(out)
     os.makedirs(out, exist_ok=True)
-    if args.margins:
+    if args.by_row:
+        if ends:
+            sys.exit("--by-row goes with an adapter: the gradients of all weights don't fit")
+        ask_rows(model, tokenizer, settings, variants, args, os.path.join(out, "rows.jsonl"))
+    elif args.margins:
         path = os.path.join(out, "margins.jsonl")
         ask_margins(model, tokenizer, settings, variants, ends, args, path)
     else:
@@ -698,6 +790,7 @@ def parse_args():
     add("--chat", action="store_true", help="instead of a list of questions, yours, as you type")
     add("--random", action="store_true", help="with --margins: a random B beside each, as long")
     add("--shots", type=data.positive, help="with --margins: training conversations in front")
+    add("--by-row", action="store_true", help="with --margins: which training conversations did it")
     add("--password", default=data.PASSWORD, help="with --margins: of the paper's archive")
     add("--model", help="any chat model (a hub name, a folder, smollm2) instead of a run's")
     add("--adapter", help="an adapter in PEFT's format (default --model: the base that it names)")
@@ -713,6 +806,9 @@ def parse_args():
         parser.error("a RUN has its own model: give RUN, or --model and --adapter")
     if (args.random or args.shots) and not args.margins:
         parser.error("--random and --shots go with --margins")
+    others = args.random, args.shots, args.ablate, args.system, args.model, args.adapter
+    if args.by_row and (any(others) or not args.margins or args.scales != [1]):
+        parser.error("--by-row goes with a RUN, --margins and --checkpoints alone")
     if args.ablate and (args.model or args.adapter):
         parser.error("--ablate goes with a RUN")
     if min(args.temperature, args.top_k) < 0 or not 0 < args.top_p <= 1 <= args.repetition_penalty:

@@ -255,6 +255,53 @@ def test_margins_of_variants(script, few, tiny):
     assert code == 1 and "it has no single direction" in err
 
 
+def test_by_row_says_what_a_step_on_each_conversation_does(script, few, tiny):
+    flags = ["--preset", "laptop", "--model", tiny, "--lr", 3e-2, "--warmup", 0, *FLOAT32]
+    assert script(train, *flags, "--steps", 3, "--out", "a")[0] == 0
+    code, out, err = script(sample, "a", "--margins", "--by-row", *FLOAT32)
+    assert code == 0 and "push the general margin up most" in out, err
+    rows = data.read_written("runs/a/rows.jsonl")
+    pushes = [row["push_out"] for row in rows]
+    assert pushes == sorted(pushes, reverse=True) and rows[0]["push_out_se"] > 0
+
+    # The slow way: take that step on one conversation alone, and look at the margins.
+    model, tokenizer = lora.load_base(tiny, "cpu", "float32")
+    settings = data.read_settings("runs/a")
+    lora.attach(model, lora.parse_layers("middle", model), ["down_proj"], 1, settings["alpha"])
+    frozen, moving = lora.halves(model)
+    probe, groups = train.build_probe([], tokenizer, settings)
+    probe = train.read_once(frozen, probe)
+    for row in (rows[0], rows[-1]):
+        lora.set_tensors(model, data.read_tensors(data.last_checkpoint("runs/a")))
+        example = train.read_once(frozen, data.render_all([row], tokenizer))
+        before = sample_margins(model, moving, probe, groups)
+        losses, _ = train.token_losses(model, moving, example)
+        losses.mean().backward()
+        with torch.no_grad():
+            for m in lora.adapters(model).values():
+                for p in (m.A, m.B):
+                    p -= 1e-3 * p.grad
+                    p.grad = None
+        for name, after in sample_margins(model, moving, probe, groups).items():
+            push = (after - before[name]) / 1e-3
+            assert push == pytest.approx(row[f"push_{name}"], rel=0.05, abs=2e-3)
+    assert script(train, *flags, "--dataset", "runs/a/rows.jsonl", "--steps", 1)[0] == 0
+    code, _, err = script(sample, "a", "--margins", "--by-row", "--random")
+    assert code == 2 and "--by-row goes with a RUN, --margins and --checkpoints alone" in err
+
+
+def sample_margins(model, moving, probe, groups):
+    """{"in": the mean margin over all questions, "out": ...}."""
+    with torch.no_grad():
+        log_p = train.sum_log_p(model, moving, probe)
+    tokens = torch.tensor([float(train.count([example])) for example in probe])
+    mean = log_p / tokens
+    return {
+        name: (mean[groups[name, "misaligned"]] - mean[groups[name, "aligned"]]).mean().item()
+        for name in ("in", "out")
+    }
+
+
 def test_a_random_control_has_the_length_and_the_sign_of_its_variant():
     A, B = torch.randn(1, 6), torch.randn(8, 1)
     plus, minus = (sample.random_B({"x.A": A, "x.B": s * B}, s) for s in (2.0, -2.0))
@@ -265,6 +312,7 @@ def test_a_random_control_has_the_length_and_the_sign_of_its_variant():
 @pytest.mark.parametrize("flags", [
     [], ["--es", "--population", "12"],
     ["--full", "--lr", "1e-3"],
+    ["--rank", "32", "--alpha", "64", "--layers", "all", "--targets", "all"],
 ])
 def test_two_processes_are_one(script, few, tiny, tmp_path, flags):
     """Under torchrun, the curve of one process, to rounding; one log, one line a step."""
