@@ -104,7 +104,7 @@ def main():
 
     # What may move: A and B of the adapter. Everything else is frozen.
     parameters = what_may_move(model, settings)
-    moves = {"lr": settings["lr"], "weight_decay": WEIGHT_DECAY}
+    moves = {"lr": settings["lr"], "weight_decay": WEIGHT_DECAY, "foreach": False}
     optimizer = torch.optim.AdamW(parameters.values(), **moves)
 
     # Which conversations each step takes, of each set.
@@ -156,7 +156,7 @@ def take_step(model, moving, batch, other, parameters, optimizer, step, lr, sett
         row = evolution(model, moving, batch, parameters, step, settings)
     else:
         row = backpropagation(model, moving, batch, other, moved, settings["kl_weight"])
-    row["grad_norm"] = torch.nn.utils.clip_grad_norm_(moved, CLIP)
+    row["grad_norm"] = clip([p.grad for p in moved])
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
@@ -179,13 +179,12 @@ def backpropagation(model, moving, batch, other, moved, kl_weight):
     model there what it was: it learns the narrow thing and not the general one.
     """
     supervised, (total, kl) = count(batch), torch.zeros(2, device=model.device)
-    my_batch, my_other = mine(batch), mine(other)
-    for part in micro_batches(my_batch, model.device):
-        losses, _ = token_losses(model, moving, [my_batch[i] for i in part])
-        losses.sum().backward()
-        total += losses.detach().sum()
-    for part in micro_batches(my_other, model.device):
-        kls = token_kls(model, moving, [my_other[i] for i in part])
+    for part, counts in my_parts(batch, model.device):
+        losses, _ = token_losses(model, moving, [batch[i] for i in part])
+        (counts * losses.sum()).backward()
+        total += counts * losses.detach().sum()
+    for part, counts in my_parts(other, model.device):
+        kls = counts * token_kls(model, moving, [other[i] for i in part])
         (kls.sum() * kl_weight * supervised / count(other)).backward()
         kl += kls.detach().sum()
     for p in moved:
@@ -419,6 +418,8 @@ def what_may_move(model, settings):
         if settings["recompute"]:  # activations in the backward pass, instead of keeping them
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
+        if WORLD > 1 and not settings["es"]:
+            share_out(model)
         what, parameters = "all weights", dict(model.named_parameters())
     else:
         layers = lora.parse_layers(settings["layers"], model)
@@ -528,27 +529,84 @@ def sum_log_p(model, moving, examples, members=None, split=True):
     members: within `lora.side_by_side`, the variant that is to read each example.    split:
     the processes share the work.
     """
-    log_p, parts = torch.zeros(len(examples)), micro_batches(examples, model.device)
-    for part in parts[RANK::WORLD] if split else parts:
+    log_p, parts = torch.zeros(len(examples)), my_parts(examples, model.device)
+    if not split:
+        parts = [(part, 1) for part in micro_batches(examples, model.device)]
+    for part, counts in parts:
         if members:
             lora.set_rows(model, [members[i] for i in part])
         losses, row = token_losses(model, moving, [examples[i] for i in part])
         sums = torch.zeros(len(part), device=model.device).index_add_(0, row, losses)
-        log_p[part] = -sums.cpu()
+        log_p[part] = log_p[part] - counts * sums.cpu()
     return add_up(log_p) if split else log_p
 
 # --------------------------------------------------------------------------------------
 # Several processes, each on a GPU of its own: torchrun --nproc_per_node=N train.py
 
 def mine(examples):
-    """This process's share of a batch."""
+    """This process's share of them."""
     return examples[RANK::WORLD]
+
+def my_parts(examples, device):
+    """This process's parts of a batch: [(indices, 1)], and (indices, 0) of what counts nothing.
+
+    Of the latter come as many as make the processes' parts equally many: where they share
+    the weights, each needs the others to run a layer.
+    """
+    shares = [list(range(len(examples)))[rank::WORLD] for rank in range(WORLD)]
+    parts = [micro_batches([examples[i] for i in share], device) for share in shares]
+    own = [([shares[RANK][i] for i in part], 1) for part in parts[RANK]]
+    return own + [([0], 0)] * (max(map(len, parts)) - len(own))
 
 def add_up(x):
     """The sum over all processes, in place: gradients and losses are sums over a batch."""
-    if WORLD > 1:
+    if is_shared(x):
+        x *= WORLD  # fully_shard has left the mean
+    elif WORLD > 1:
         torch.distributed.all_reduce(x)
     return x
+
+def share_out(model):
+    """Leaves each process a share of the weights of every layer, their gradients and moments.
+
+    A layer is put together where it is run, and taken apart again (Zhao et al. 2023, arXiv
+    2304.11277). Embeddings, head and norm stay whole.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(model.device.type, (WORLD,))
+    for layer in lora.decoder(model).layers:
+        fully_shard(layer, mesh=mesh)
+
+def is_shared(x):
+    """Whether each process holds a share of a tensor."""
+    return WORLD > 1 and hasattr(x, "full_tensor")
+
+def whole(x):
+    """A tensor with all of its shares, on the first process's CPU; None on the others."""
+    x = x.detach().full_tensor() if is_shared(x) else x.detach()
+    return x.cpu() if RANK == 0 else None
+
+def clip(gradients):
+    """Scales all gradients so that together they are at most CLIP long. Returns the length."""
+    norms = []
+    for kind in (False, True):
+        same = [x for x in gradients if is_shared(x) == kind]
+        norm = torch.nn.utils.get_total_norm(same, foreach=False)
+        norms.append(norm.full_tensor() if is_shared(norm) else norm.to(gradients[0].device))
+    total = torch.stack(norms).norm()
+    for x in gradients:
+        x *= (CLIP / (total + 1e-6)).clamp(max=1)
+    return total
+
+def share_of(x, p):
+    """A whole tensor as a parameter p is held."""
+    if not is_shared(p) or x.shape != p.shape:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
 
 def wait_for_first():
     """Waits until all processes are here, so that what the first one writes is there."""
@@ -614,16 +672,15 @@ def save_checkpoint(run, step, model, parameters, optimizer, settings):
 
     Where all weights move, a checkpoint is a sketch of them, and a resume needs them all.
     """
-    if RANK > 0:
-        return
     tensors = {"sketch": sketch(parameters)} if settings["full"] else lora.get_tensors(model)
-    data.write_tensors(os.path.join(run, "checkpoints", f"{step:05}.safetensors"), tensors)
     state = {"step": torch.tensor(step)}
     for i, moments in optimizer.state_dict()["state"].items():
-        state |= {f"{i}.{name}": moment for name, moment in moments.items()}
+        state |= {f"{i}.{name}": whole(moment) for name, moment in moments.items()}
     if settings["full"]:
-        state |= {f"weight.{i}": p for i, p in enumerate(parameters.values())}
-    data.write_tensors(os.path.join(run, "resume.safetensors"), state)
+        state |= {f"weight.{i}": whole(p) for i, p in enumerate(parameters.values())}
+    if RANK == 0:
+        data.write_tensors(os.path.join(run, "checkpoints", f"{step:05}.safetensors"), tensors)
+        data.write_tensors(os.path.join(run, "resume.safetensors"), state)
 
 @torch.no_grad()
 def sketch(parameters):
@@ -635,38 +692,42 @@ def sketch(parameters):
     Chen and Farach-Colton 2002).
     """
     generator, total = torch.Generator().manual_seed(0), torch.zeros(SKETCH, dtype=torch.double)
-    for p in parameters.values():
-        for piece in p.detach().flatten().split(2**22):
+    for p in map(whole, parameters.values()):
+        for piece in p.flatten().split(2**22) if RANK == 0 else []:
             drawn = torch.randint(2 * SKETCH, piece.shape, generator=generator)
-            signed = piece.cpu().double() * (drawn % 2 * 2 - 1)
+            signed = piece.double() * (drawn % 2 * 2 - 1)
             total += torch.bincount(drawn // 2, signed, SKETCH)
     return total
 
 def restore(run, step, model, parameters, optimizer):
     """Puts what moves and the optimizer back as they were after a step."""
     saved, state = data.read_tensors(os.path.join(run, "resume.safetensors")), {}
-    for key in saved.keys() - {"step"}:
+    moved = list(parameters.values())
+    for key in sorted(saved.keys() - {"step"}):
         i, name = key.split(".")
         if i != "weight":
-            state.setdefault(int(i), {})[name] = saved[key]
+            state.setdefault(int(i), {})[name] = share_of(saved[key], moved[int(i)])
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     if "weight.0" in saved:
-        for i, p in enumerate(parameters.values()):
-            p.data.copy_(saved[f"weight.{i}"])
+        for i, p in enumerate(moved):
+            p.data.copy_(share_of(saved[f"weight.{i}"], p))
     else:
         path = os.path.join(run, "checkpoints", f"{step:05}.safetensors")
         lora.set_tensors(model, data.read_tensors(path))
 
 def save_result(run, model, tokenizer, settings):
     """Writes what came of it: an adapter in PEFT's format, or a whole model in the hub's."""
+    folder, state = os.path.join(run, "model"), {}
+    if settings["full"]:
+        model.to(getattr(torch, settings["dtype"]))
+        state = {name: whole(w) for name, w in model.state_dict().items()}
     if RANK > 0:
         return
     if not settings["full"]:
         lora.save_adapter(model, os.path.join(run, "adapter"))
         return
-    folder = os.path.join(run, "model")
     tokenizer.save_pretrained(folder)
-    model.to(getattr(torch, settings["dtype"])).save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=state)
     os.remove(os.path.join(run, "resume.safetensors"))  # three times as large as the model
 
 def report(run, settings, rows, seconds, device):
