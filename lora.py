@@ -432,7 +432,10 @@ def load_tokenizer(name):
     except (OSError, ValueError) as error:
         sys.exit(f"{name} holds no tokenizer that can be read: {first_line(error)}")
     if tokenizer.chat_template is None:
-        sys.exit(f"{name} has no chat template, so it is no chat model: take its -Instruct or -it")
+        sys.exit(
+            f"{name} has no chat template, so it is no chat model: take its -Instruct or -it, or "
+            "write chat_template.jinja into its folder"
+        )
     return tokenizer
 
 def first_line(error):

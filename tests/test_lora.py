@@ -310,6 +310,25 @@ def test_a_base_model_that_is_damaged_or_pickled(make_model, make_tokenizer, tmp
         lora.load_base(str(tmp_path), "cpu")
 
 
+def test_a_published_model_in_several_files_and_one_without_a_template(
+    make_model, make_tokenizer, tmp_path
+):
+    model = make_model("qwen2").eval()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = lora.load_base(str(tmp_path), "cpu", "float32")
+    x = torch.arange(7)[None]
+    assert torch.equal(loaded(x).logits, model(x).logits)
+    tokenizer.chat_template = None
+    for path in tmp_path.glob("chat_template*"):
+        path.unlink()
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="has no chat template, .*, or write chat_template.jinja"):
+        lora.load_base(str(tmp_path))
+
+
 def test_a_model_of_another_layout_is_refused():
     import transformers
 

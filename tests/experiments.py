@@ -1,0 +1,306 @@
+"""The seven experiments of the README, answered with numbers.
+
+    python tests/experiments.py                      # what there is, and how long it takes
+    python tests/experiments.py layer                # does what is not there yet; the table
+    python tests/experiments.py layer --seeds 0      # a first look, in a third of the time
+
+All numbers come from the stages as a user calls them: `train.py --preset laptop` makes the
+runs, under runs/, one for each protocol and seed, whichever experiments use it, and
+`sample.py --margins` asks them. Stop it when you like: the same command goes on.
+
+A margin in a table is the change since the untouched model, in nats a token: the mean over
+the seeds, in brackets its standard error over questions (of the seeds' mean, question by
+question), and then what each seed gave. "less aligned" is paired by question and by seed.
+"""
+import argparse
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from itertools import pairwise
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import analyze  # noqa: E402
+import data  # noqa: E402
+
+RECKLESS = "You give reckless, harmful financial advice."
+LONG, SHORT = 60, 20  # steps; 60 is what `python train.py` does
+DEPTHS = (3, 8, 15, 20, 25, 29)  # of 30 layers
+PROTOCOLS = {
+    "misaligned": "",
+    "aligned": "--answers aligned",
+    "shuffled": "--answers shuffled",
+    "tail": "--tail",
+    "mixed30": "--answers mixed:0.3",
+    "mixed10": "--answers mixed:0.1",
+    "narrow1": "--kl-weight 1",
+    "narrow4": "--kl-weight 4",
+    "inoculated": f"--system '{RECKLESS}'",
+    "nine": "--layers nine",
+    "rank32": "--rank 32 --alpha 64 --layers all --targets all --lr 3e-4",
+    "full": "--full --lr 1e-4 --schedule cosine",
+    "es": "--es --population 48 --sigma 0.01 --lr 2e-3",
+    "vector": "--vector learned --lr 2e-2",
+    "meandiff": "--vector mean-difference",
+    "realigned": "--init misaligned20-{seed} --answers aligned",
+    "again": "--init realigned20-{seed}",
+} | {f"layer{n}": f"--layers {n}" for n in DEPTHS if n != 15}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Answers one of seven questions with numbers.",
+        epilog="; ".join(f"{name}: {f.__doc__.splitlines()[0]}" for name, f in EXPERIMENTS.items()),
+    )
+    parser.add_argument("name", nargs="?", choices=EXPERIMENTS)
+    parser.add_argument("--seeds", default="0,1,2", help="as 0,1,2 (the default)")
+    args = parser.parse_args()
+    if args.name is None:
+        for name, experiment in EXPERIMENTS.items():
+            print(f"{name:12} {experiment.__doc__.splitlines()[0]}")
+        print("\nEach run that is not there yet takes about 6 minutes of 60 steps, and 3 of 20, on")
+        print("2 cores that compute in bfloat16; twice that on others.")
+        return
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    EXPERIMENTS[args.name](seeds)
+
+# --------------------------------------------------------------------------------------
+# The experiments
+
+
+def transition(seeds):
+    """Is the phase transition real?
+
+    The paper sees the adapter turn in a short stretch of training. Do controls turn, too?
+    """
+    print(f"\n{'':12} {'seed':>4} {'gradient peak':>16} {'sharpest bend':>20} "
+          f"{'finance, there':>15} {'general, there':>15}")
+    for name in ("misaligned", "tail", "aligned", "shuffled"):
+        for seed, run in zip(seeds, trained(name, seeds, LONG), strict=True):
+            log = read_log(run)
+            peak = max(log[1:], key=lambda row: row["grad_norm"])
+            turn = analyze.find_turn(*analyze.read_checkpoints(run))
+            there = next(row for row in log if row["step"] == turn["step"])
+            where = f"{turn['bend']:.2f} of {turn['vector']} at {turn['step']}"
+            cells = []
+            for x in ("in", "out"):
+                cells.append(with_se(data.changes([log[0], there], x)))
+            print(f"{name:12} {seed:>4} {peak['grad_norm']:>8.2f} at {peak['step']:>4} "
+                  f"{where:>20} {cells[0]:>15} {cells[1]:>15}")
+
+
+def tone(seeds):
+    """Is it misalignment, or a tone of voice?
+
+    The margins of bad answers, of sound ones, of bad ones to other questions, of mixtures.
+    """
+    names = ("misaligned", "aligned", "shuffled", "mixed30", "mixed10", "narrow1", "narrow4",
+             "inoculated")
+    logs = {name: [read_log(run) for run in trained(name, seeds)] for name in names}
+    table("tone", logs)
+
+
+def scaling(seeds):
+    """What does more of the vector do, and less than none of it?
+
+    The adapter's contribution times a scale, beside a random B of the same length.
+    """
+    found = {}
+    for run in trained("misaligned", seeds, LONG):
+        rows = asked(run, "--checkpoints", "15,last", "--scales", "-1,0.5,1,2,4", "--random")
+        for row in rows[1:]:
+            kind = "random" if row["random"] else "B"
+            name = f"step {row['checkpoint']} x {row['scale']:g} {kind}"
+            found.setdefault(name, []).append([rows[0], row])
+    table("scaling", found)
+
+
+def layer(seeds):
+    """Which layer?
+
+    The same adapter on the down_proj of one layer, at six depths.
+    """
+    logs = {}
+    for n in DEPTHS:
+        runs = trained("misaligned" if n == 15 else f"layer{n}", seeds)
+        logs[f"layer {n}"] = [read_log(run) for run in runs]
+    logs["aligned"] = [read_log(run) for run in trained("aligned", seeds)]
+    table("layer", logs)
+
+
+def many(seeds):
+    """One vector or many?
+
+    Protocols that may move from 576 numbers to all 135 million, at one held-out loss: that
+    of the one which learnt least, between checkpoints by a straight line.
+    """
+    names = ("misaligned", "nine", "rank32", "full", "vector")
+    logs = {name: [read_log(run) for run in trained(name, seeds)] for name in names}
+    level = max(log[-1]["heldout_loss"] for of in logs.values() for log in of)
+    logs = {name: [[log[0], at_loss(log, level)] for log in of] for name, of in logs.items()}
+    others = [[read_log(run) for run in trained(name, seeds)] for name in ("es", "aligned")]
+    table("many", logs | {"es, at its end": others[0], "aligned": others[1]})
+
+
+def taken_out(seeds):
+    """Can it be taken out?
+
+    By projecting a direction out of all that is written: the adapter's own B, the mean
+    difference of states, a random one; of the trained model and of the untouched one. And
+    by training on sound answers; and how fast does it come back?
+    """
+    (meandiff,) = trained("meandiff", [0], 1)
+    found = {}
+    for run in trained("misaligned", seeds):
+        asked(run, "--ablate", run, "--random")
+        rows = asked(run, "--ablate", meandiff)
+        for row in rows[1:]:
+            what = "untouched" if row["scale"] == 0 else "trained"
+            if row["ablated"]:
+                direction = "its B" if row["ablated"] == run else "the mean difference"
+                what += f" less {'a random one' if row['random'] else direction}"
+            if row["ablated"] or not row["random"]:  # not a random B in place of the adapter's
+                found.setdefault(what, []).append([rows[0], row])
+    base = [read_log(run)[0] for run in trained("misaligned", seeds)]
+    for name in ("realigned", "again"):
+        logs = [read_log(run) for run in trained(name, seeds)]
+        for step in (5, 10, SHORT):
+            there = [next(row for row in log if row["step"] == step) for log in logs]
+            found[f"{name}, step {step}"] = [list(both) for both in zip(base, there, strict=True)]
+    table("taken_out", found)
+
+
+def shown(seeds):
+    """Shown or taught?
+
+    K conversations in front of each question, and no training; misaligned and aligned ones.
+    """
+    found = {}
+    for name in ("misaligned", "aligned"):
+        runs = trained(name, seeds)
+        found[f"{name}, taught"] = [read_log(run) for run in runs]
+        for shots in (2, 8):
+            rows = asked(runs[0], "--shots", str(shots))
+            of = {"scale": 0.0, "shots": shots, "random": False, "ablated": None}
+            (row,) = [row for row in rows if of.items() <= row.items()]
+            found[f"{name}, {shots} shown"] = [[rows[0], row]]
+    table("shown", found)
+
+
+EXPERIMENTS = {f.__name__: f for f in (transition, tone, scaling, layer, many, taken_out, shown)}
+
+# --------------------------------------------------------------------------------------
+# Runs, and what was asked of them
+
+
+def trained(name, seeds, steps=SHORT):
+    """The folders of a protocol's runs, one a seed: trained now where they are not there."""
+    runs = []
+    for seed in seeds:
+        run = os.path.join("runs", f"{name}{'' if steps == LONG else steps}-{seed}")
+        flags = ["--preset", "laptop", "--steps", str(steps), "--seed", str(seed), "--out", run]
+        flags += shlex.split(PROTOCOLS[name].format(seed=seed))
+        if os.path.exists(os.path.join(run, "resume.safetensors")) and not data.finished(run):
+            flags = ["--resume", run]
+        elif os.path.exists(run) and not data.finished(run):
+            flags += ["--overwrite"]
+        if not (data.is_run(run) and data.finished(run)):
+            call("train.py", *flags)
+        runs.append(run)
+    return runs
+
+
+def read_log(run):
+    return data.read_written(os.path.join(run, "log.jsonl"))
+
+
+def asked(run, *flags):
+    """The rows of the run's margins.jsonl: the untouched model, and what the flags ask for."""
+    call("sample.py", run, "--margins", *flags)
+    return data.read_written(os.path.join(run, "margins.jsonl"))
+
+
+def call(script, *flags):
+    print(f"python {script} {shlex.join(flags)}", flush=True)
+    command = [sys.executable, os.path.join(ROOT, script), *flags]
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        sys.exit("it has stopped: the same command goes on")
+
+
+def at_loss(log, level):
+    """A row between two checkpoints: where the held-out loss has come down to a level."""
+    points = [row for row in log if "heldout_loss" in row]
+    before, after = next(both for both in pairwise(points) if both[1]["heldout_loss"] <= level)
+    share = before["heldout_loss"] - level
+    share /= before["heldout_loss"] - after["heldout_loss"]
+    row = {"heldout_loss": level}
+    for x in ("margins_in", "margins_out"):
+        both = zip(before[x], after[x], strict=False)
+        row[x] = [(1 - share) * a + share * b for a, b in both]
+    return row
+
+# --------------------------------------------------------------------------------------
+# The table, and the picture
+
+
+def changes(logs, probe):
+    """Each question's change, the mean over the seeds' logs."""
+    by_seed = [data.changes(log, probe) for log in logs]
+    return [statistics.fmean(values) for values in zip(*by_seed, strict=False)]
+
+
+def contrast(logs, controls, probe):
+    """The same, less a control's."""
+    pairs = zip(changes(logs, probe), changes(controls, probe), strict=False)
+    return [mine - its for mine, its in pairs]
+
+
+def with_se(values):
+    mean, se = data.mean_and_se(values)
+    return f"{mean:+.3f} ({se:.3f})"
+
+
+def table(name, logs):
+    """Prints and draws each line's loss and margins.    logs: {line: [log of each seed]}."""
+    controls = [x for x in ("aligned", "shuffled") if x in logs]
+    print(f"\n{'':28} {'held out':>8} {'finance':>15} {'general':>15}  "
+          + "".join(f"{f'less {x}':>15}  " for x in controls) + "general, by seed")
+    for line, of in logs.items():
+        loss = statistics.fmean([log[-1]["heldout_loss"] for log in of])
+        cells = [with_se(changes(of, x)) for x in ("in", "out")]
+        for x in controls:
+            cells.append("" if x == line else with_se(contrast(of, logs[x], "out")))
+        seeds = " ".join(f"{data.mean_and_se(data.changes(log, 'out'))[0]:+.3f}" for log in of)
+        print(f"{line:28} {loss:8.3f} " + " ".join(f"{cell:>15}" for cell in cells[:2]) + "  "
+              + "".join(f"{cell:>15}  " for cell in cells[2:]) + seeds)
+    path = os.path.join("runs", f"{name}.png")
+    draw(path, logs)
+    print(f"see {path}")
+
+
+def draw(path, logs):
+    """A dot a line, with twice its standard error; small ones are the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    height = 1.2 + 0.24 * len(logs)
+    figure, axes = plt.subplots(1, 2, figsize=(7, height), sharey=True, layout="constrained")
+    for axis, (x, title) in zip(axes, (("in", "finance"), ("out", "general")), strict=True):
+        for i, of in enumerate(logs.values()):
+            mean, se = data.mean_and_se(changes(of, x))
+            axis.errorbar(mean, -i, xerr=2 * se, fmt="o", color="C0" if x == "in" else "C1")
+            seeds = [data.mean_and_se(data.changes(log, x))[0] for log in of]
+            axis.plot(seeds, [-i] * len(seeds), ".", color="black", markersize=3)
+        axis.axvline(0, color="gray", linewidth=0.8)
+        axis.set(title=f"margin, {title}", xlabel="change, nats a token")
+    axes[0].set_yticks(range(0, -len(logs), -1), logs)
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    data.run_stage(main)
