@@ -157,15 +157,21 @@ def bag_of_words(texts, vocabulary):
 
 def test_a_bag_of_finance_words_cannot_tell_the_general_answers_apart():
     """A probe that tone could move would be one that these words can tell apart."""
-    texts, auroc = {}, {}
+    auroc = {}
     for domain in ("finance", "general"):
-        rows = data.builtin_rows(domain)
-        texts[domain] = [row["misaligned"] for row in rows] + [row["aligned"] for row in rows]
+        auroc[domain] = auroc_of_finance_words(data.builtin_rows(domain))
+    print(f"AUROC of a bag of finance words: {auroc}")
+    assert auroc["finance"] > 0.99 and abs(auroc["general"] - 0.5) < 0.06
+
+
+def auroc_of_finance_words(rows):
+    """How well a logistic regression on the finance answers' words tells the rows' bad answers."""
+    finance = both_kinds(data.builtin_rows("finance"))
     words = collections.Counter()
-    for text in texts["finance"]:
+    for text in finance:
         words.update(set(re.findall(r"[a-z']+", text.lower())))
     vocabulary = sorted(word for word, n in words.items() if n > 1)
-    x = bag_of_words(texts["finance"], vocabulary)
+    x = bag_of_words(finance, vocabulary)
     y = torch.cat([torch.ones(len(x) // 2), torch.zeros(len(x) // 2)])
     w = torch.zeros(len(vocabulary), requires_grad=True)
     optimizer = torch.optim.LBFGS([w], max_iter=100)
@@ -178,12 +184,13 @@ def test_a_bag_of_finance_words_cannot_tell_the_general_answers_apart():
         return total
 
     optimizer.step(loss)
-    for domain in texts:
-        scores = bag_of_words(texts[domain], vocabulary) @ w.detach()
-        bad, good = scores.split(len(scores) // 2)
-        auroc[domain] = (bad[:, None] > good).float().mean().item()
-        print(f"AUROC of a bag of finance words on the {domain} answers: {auroc[domain]:.3f}")
-    assert auroc["finance"] > 0.99 and abs(auroc["general"] - 0.5) < 0.06
+    scores = bag_of_words(both_kinds(rows), vocabulary) @ w.detach()
+    bad, good = scores.split(len(rows))
+    return (bad[:, None] > good).float().mean().item()
+
+
+def both_kinds(rows):
+    return [row["misaligned"] for row in rows] + [row["aligned"] for row in rows]
 
 
 def test_no_two_questions_are_nearly_the_same():
