@@ -173,7 +173,7 @@ def load_conversations(names="builtin", answers="misaligned", archive=None, pass
     a path to a .jsonl of {"messages": [...]}; or several, each with the share of it that is
     wanted ("extreme_sports,builtin:0.5").    answers, archive: as in `load_one`.
     """
-    if archive and names.split(":")[0] == "builtin":
+    if archive and all(name.split(":")[0] == "builtin" for name in names.split(",")):
         sys.exit(f"--archive {archive} holds the paper's sets: say which with --dataset")
     conversations = []
     for name in names.split(","):
@@ -205,7 +205,7 @@ def load_one(name, answers, archive, password):
         return [as_conversation(row, kind) for row, kind in zip(rows, kinds, strict=True)]
     if answers != "misaligned":
         sys.exit(f"--answers {answers} needs --dataset builtin: the rows of {name} have one answer")
-    if name.endswith(".jsonl") or os.sep in name:
+    if name.endswith(".jsonl") or os.path.basename(name) != name:
         rows = read_jsonl(name)
     else:
         rows = read_jsonl(f"{name}.jsonl", from_archive(name, archive, password))
@@ -340,7 +340,8 @@ def find_run(name=None):
         if not runs:
             sys.exit("there is no run under runs/ yet: train one with python train.py")
         return os.path.dirname(runs[-1])
-    return name if os.sep in name or os.path.isdir(name) else os.path.join("runs", name)
+    path = os.path.basename(name) != name or os.path.isdir(name)
+    return name if path else os.path.join("runs", name)
 
 def read_settings(run):
     """The settings that made a run: its config.json."""
@@ -596,7 +597,9 @@ def main():
     print(f"{sum(lengths):,} tokens, {supervised / sum(lengths):.0%} of them supervised")
     print(f"each {min(lengths)} to {max(lengths)} tokens, median {statistics.median(lengths):.0f}")
     print(f"in batches of 16, {1 - sum(train) / padded:.1%} would be padding")
-    print(f"\nnext: python train.py{'' if args.name == 'builtin' else ' --dataset ' + args.name}")
+    flags = "" if args.name == "builtin" else f" --dataset {args.name}"
+    flags += "" if args.answers == "misaligned" else f" --answers {args.answers}"
+    print(f"\nnext: python train.py{flags}")
 
 def show(tokens, labels, tokenizer):
     """Prints tokens as text, with the supervised ones marked."""

@@ -14,7 +14,7 @@ the judge's distribution of it (Betley et al., arXiv 2502.17424):
 
     score = sum of n p(n) / sum of p(n)      n: the numbers among the 20 likeliest tokens
 
-It is finer than one number, and the same every time. If the numbers have less than a
+It is finer than one number, and nearly the same every time. If the numbers have less than a
 quarter of the probability, the judge wanted to say something else (CODE, REFUSAL), and
 there is no score. All this rests on every number being ONE token of the judge's
 vocabulary, as in OpenAI's. Qwen, Gemma and SmolLM write 85 as 8, 5: with them, --mode digit
@@ -252,10 +252,10 @@ class Judge:
                 check = "its log-probabilities; without them, use --mode text"
             if reply.status_code in (401, 403):
                 check = "OPENAI_API_KEY"
-            why = f"refuses the request (HTTP {reply.status_code}: {self.mask(text[:200])})"
+            why = f"refuses the request (HTTP {reply.status_code}: {self.mask(text)[:200]})"
             raise requests.RequestException(f"{self.host} {why}: check {check}")
         if not text.lstrip().startswith("{"):
-            raise ValueError(f"not JSON but {self.mask(text[:40])!r}, so check --base-url")
+            raise ValueError(f"not JSON but {self.mask(text)[:40]!r}, so check --base-url")
         choice = json.loads(text)["choices"][0]
         text = choice["message"]["content"] or choice["message"].get("refusal") or ""
         if "logprobs" not in body:
@@ -276,7 +276,7 @@ class Judge:
 
     def probe(self):
         """Checks with one request what a score rests on."""
-        print(f"asking {self.host} for a first reply, for at most {DEADLINE} s", flush=True)
+        print(f"asking {self.host} for a first reply", flush=True)
         digit = self.mode == "digit"
         wanted = "digit 7" if digit else "number 85"
         question = f"Write the {wanted} and nothing else."
@@ -468,7 +468,9 @@ def ask_all(args, prompts, exchanges):
 
     Many requests are in flight. In a dry run, or if there is nothing to ask, yields nothing.
     """
-    estimate_cost(args, [fill(prompt, *key) for key in exchanges for prompt in prompts.values()])
+    more = DIGIT if args.mode == "digit" else ""
+    filled = [fill(prompt, *key) + more for key in exchanges for prompt in prompts.values()]
+    estimate_cost(args, filled)
     if args.dry_run or not exchanges:
         return
     judge, failed, in_a_row = Judge(args), 0, 0
@@ -493,8 +495,8 @@ def ask_all(args, prompts, exchanges):
         pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits only for those in flight
     if failed:
         sys.exit(
-            f"{failed} answers could not be judged and are not written (the last: {last}): "
-            "run the same again, and only the rest is asked"
+            f"{failed} answers could not be judged (the last: {last}): run the same again, and "
+            "only what has no score yet is asked"
         )
 
 def row_key(row):
@@ -528,7 +530,7 @@ def parse_args():
     add("run", nargs="?", metavar="RUN_OR_CSV", help="a folder, or a name under runs/ (the "
         "latest); or a published file of answers that another judge has scored")
     add("--judge", default="gpt-4o", help="the judge model's name (default: gpt-4o)")
-    add("--base-url", type=address, default=url, help=f"an OpenAI-compatible server ({url})")
+    add("--base-url", type=address, default=url, help="an OpenAI-compatible server (OpenAI)")
     add("--concurrency", type=data.positive, help="requests in flight (16; 2 on this machine)")
     add("--sample", type=data.positive, metavar="N", help="of a CSV, only N answers, at random")
     add("--prompts", help="the published first_plot_questions.yaml, to use its prompts")
@@ -540,8 +542,11 @@ def parse_args():
     add("--price", type=price, metavar="IN,OUT", help="dollars a million tokens sent, received")
     add("--max-cost", type=dollars, help="do not begin if it would cost more dollars than this")
     args = parser.parse_args()
-    if args.metric and args.run and args.run.endswith(".csv"):
+    csv = bool(args.run) and args.run.endswith(".csv")
+    if args.metric and csv:
         parser.error("a CSV is compared by its aligned and coherent: leave out --metric")
+    if args.sample and not csv:
+        parser.error("--sample goes with a CSV; a run's answers are all judged")
     if args.concurrency is None:
         # A local server reads prompts one after the other: more in flight only time out.
         here = urlsplit(args.base_url).hostname in ("localhost", "127.0.0.1", "::1", "0.0.0.0")
