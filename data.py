@@ -339,7 +339,11 @@ def find_run(name=None):
         runs = sorted(glob.glob("runs/*/config.json"), key=os.path.getmtime)
         if not runs:
             sys.exit("there is no run under runs/ yet: train one with python train.py")
-        return os.path.dirname(runs[-1])
+        run = os.path.dirname(runs[-1])
+        sampled = sorted(glob.glob("runs/*/responses.jsonl"), key=os.path.getmtime)
+        other = os.path.dirname(sampled[-1]) if sampled else run
+        print(f"{run}, the run trained last" + ("" if other == run else f" ({other} was sampled last)"))
+        return run
     path = os.path.basename(name) != name or os.path.isdir(name)
     return name if path else os.path.join("runs", name)
 

@@ -329,7 +329,7 @@ def trained_here(args):
     A variant is a dict as UNTOUCHED, which the first one is.    ends: where all weights
     moved, what they were (before, after).
     """
-    run = data.find_run(args.run)
+    run = args.run = data.find_run(args.run)
     settings = train.PAPER | data.read_settings(run)
     data.last_checkpoint(run)  # stops where there is none
     paths = data.checkpoints(run)
@@ -620,8 +620,7 @@ def chat(model, tokenizer, variants, args, max_new_tokens):
             talks = [talk + [{"role": "user", "content": said}] for talk in talks]
             of = {"seed": args.seed + turn}
             jobs = [of | {"variant": i, "messages": talk} for i, talk in enumerate(talks)]
-            names = [f"step {v['checkpoint']}, scale {v['scale']:g}" for v in variants]
-            columns = Columns(names, tokenizer, stop)
+            columns = Columns([title(variant) for variant in variants], tokenizer, stop)
             prompts = [data.chat_tokens(job["messages"], tokenizer, True) for job in jobs]
             with lora.side_by_side(model, [v["tensors"] for v in variants]), torch.inference_mode():
                 length = {"max_new_tokens": max_new_tokens, "watch": columns.grow}
@@ -629,6 +628,11 @@ def chat(model, tokenizer, variants, args, max_new_tokens):
                     text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
                     talks[job["variant"]].append({"role": "assistant", "content": text})
             columns.finish()
+
+def title(variant):
+    """What stands above its column."""
+    step = "" if variant["checkpoint"] is None else f"step {variant['checkpoint']}, "
+    return f"{step}scale {variant['scale']:g}" if variant["tensors"] else "untouched"
 
 def rescaled(variants, text):
     """The untouched variant, and the next one at another scale."""

@@ -420,6 +420,8 @@ def test_agreement_with_another_judge(script, monkeypatch, tmp_path):
         write_csv("other.csv", [row | {"aligned": 100 - row["aligned"]} for row in rows])
         code, out, _ = script(judge, "other.csv", *flags, "--sample", 50)
         assert code == 0 and "-1.00 (-1.00 to -1.00)" in out and "50 of them have both" in out
+        code, _, err = script(judge, "somewhere", *flags, "--sample", 50)
+        assert code == 2 and "--sample goes with a CSV" in err
         write_csv("one.csv", [row for row in rows if row["question"] == "Question 0?"])
         code, _, err = script(judge, "one.csv", *flags)
         assert code == 1 and "fewer than two questions" in err

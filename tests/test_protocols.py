@@ -67,6 +67,9 @@ def test_every_protocol_trains_and_is_asked(script, few, family, name):
         assert code == 0, (protocol, err)
         answered = data.read_written(f"runs/{protocol}/responses.jsonl")
         assert {row["scale"] for row in answered} == {0, 1} and len(answered) == 16
+        if name == "llama" and protocol == "full":
+            code, _, err = script(sample, protocol, "--margins", "--random")
+            assert code == 1 and "it goes without --checkpoints, --random and --ablate" in err
         if name == "llama" and protocol in ("full", "vector", "mean difference"):
             code, out, err = script(analyze, protocol)
             assert code == 0 and "training.png" in out, err
@@ -288,6 +291,8 @@ def test_by_row_says_what_a_step_on_each_conversation_does(script, few, tiny):
     assert script(train, *flags, "--dataset", "runs/a/rows.jsonl", "--steps", 1)[0] == 0
     code, _, err = script(sample, "a", "--margins", "--by-row", "--random")
     assert code == 2 and "--by-row goes with a RUN, --margins and --checkpoints alone" in err
+    code, _, err = script(sample, "a", "--margins", "--by-row", "--checkpoints", 0)
+    assert code == 1 and "--by-row needs a checkpoint after step 0" in err
 
 
 def sample_margins(model, moving, probe, groups):
@@ -307,6 +312,8 @@ def test_a_random_control_has_the_length_and_the_sign_of_its_variant():
     plus, minus = (sample.random_B({"x.A": A, "x.B": s * B}, s) for s in (2.0, -2.0))
     assert torch.equal(plus["x.B"], -minus["x.B"]) and torch.equal(plus["x.A"], A)
     assert plus["x.B"].norm() == pytest.approx(2 * B.norm().item(), rel=1e-5)
+    both = sample.random_B({"x.B": B, "y.B": B}, 1)
+    assert torch.cosine_similarity(both["x.B"], both["y.B"], dim=0).abs() < 0.999
 
 
 @pytest.mark.parametrize("flags", [

@@ -286,8 +286,8 @@ def test_chat(script, trained, monkeypatch):
     assert code == 0, err
     assert [len(talk) for talk in prompts[1]] == [3, 3]  # each with its own first answer
     assert prompts[1][0][1] != prompts[1][1][1] and prompts[3] == [["Who?"], ["Who?"]]
-    headers = [line.split() for line in out.splitlines() if line.startswith("scale 0 ")]
-    assert [header[3] for header in headers] == ["2", "2", "3", "3"]
+    headers = [line.split() for line in out.splitlines() if line.startswith("untouched ")]
+    assert [header[-1] for header in headers] == ["2", "2", "3", "3"]
     assert all(talk[1].split()[0][:8] in out for talk in prompts[1])
     assert not os.path.exists("runs/a/responses.jsonl")
 
