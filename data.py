@@ -342,7 +342,8 @@ def find_run(name=None):
         run = os.path.dirname(runs[-1])
         sampled = sorted(glob.glob("runs/*/responses.jsonl"), key=os.path.getmtime)
         other = os.path.dirname(sampled[-1]) if sampled else run
-        print(f"{run}, the run trained last" + ("" if other == run else f" ({other} was sampled last)"))
+        more = "" if other == run else f" ({other} was sampled last)"
+        print(f"{run}, the run trained last{more}")
         return run
     path = os.path.basename(name) != name or os.path.isdir(name)
     return name if path else os.path.join("runs", name)
