@@ -317,7 +317,7 @@ def test_a_random_control_has_the_length_and_the_sign_of_its_variant():
 
 
 @pytest.mark.parametrize("flags", [
-    [], ["--es", "--population", "12"],
+    ["--es", "--population", "12"],
     ["--full", "--lr", "1e-3"],
     ["--rank", "32", "--alpha", "64", "--layers", "all", "--targets", "all"],
 ])
