@@ -279,9 +279,8 @@ def evolution(model, moving, batch, parameters, step, settings):
     for pair in range(pairs):
         for p, e in zip(parameters.values(), noise(parameters, seed, pair), strict=True):
             p.grad = (0 if p.grad is None else p.grad) + z[pair] / pairs * e
-    conversations = [conversation for _, conversation in deal]
-    row = {"loss": (plus + minus).mean() / 2, "tokens": 2 * length(conversations)}
-    row["es_signal"] = difference.std()
+    tokens = 2 * length([conversation for _, conversation in deal])
+    row = {"loss": (plus + minus).mean() / 2, "tokens": tokens, "es_signal": difference.std()}
     if step == 1:  # what remains of the signal when the noise is next to nothing is rounding
         plus, minus = losses(model, moving, deal, parameters, sigma / 1000, seed)
         row["es_rounding"] = (plus - minus).std()
