@@ -198,9 +198,11 @@ class Judge:
         self.session.auth = self.sign
 
     def sign(self, request):
-        """Puts the key into a request. It goes nowhere else."""
+        """Puts the key into a request, or what stands in the address as USER:PASSWORD@."""
         if self.key:
             request.headers["Authorization"] = f"Bearer {self.key}"
+        elif "@" in urlsplit(self.url).netloc:
+            requests.auth.HTTPBasicAuth(*requests.utils.get_auth_from_url(self.url))(request)
         return request
 
     def scores(self, prompts, question, answer):

@@ -332,13 +332,18 @@ def test_a_page_instead_of_a_reply(script, answers):
     assert code == 1 and "not JSON but '<html>Sign in</html>', so check --base-url" in err
 
 
-def test_a_password_in_the_address_is_not_shown(script, answers):
+def test_a_password_in_the_address_is_sent_and_not_shown(script, answers, monkeypatch):
     answers(1)
     with Server(refuse=403) as server:
         url = server.url.replace("http://", "http://user:hunter2secret@")
         code, out, err = script(judge, "a", "--base-url", url)
     assert code == 1 and "127.0.0.1" in out and "hunter2secret" not in out + err
     assert KEY[:12] not in out + err  # nor half of the key, which the server echoes
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with Server() as server:
+        url = server.url.replace("http://", "http://user:hunter2secret@")
+        assert script(judge, "a", "--base-url", url)[0] == 0
+        assert {key for key, _ in server.asked} == {"Basic dXNlcjpodW50ZXIyc2VjcmV0"}
 
 
 def test_two_at_once(script, answers, busy):
