@@ -145,6 +145,16 @@ def split(items):
     cut = max(1, round(len(items) / 10))
     return [items[i] for i in sorted(order[cut:])], [items[i] for i in sorted(order[:cut])]
 
+def train_and_held_out(conversations):
+    """(training set, held-out set) of conversations.
+
+    What the probe asks is not trained on, wherever it comes from.
+    """
+    asked = {row["question"] for row in split(builtin_rows("finance"))[1]}
+    train, held_out = split(conversations)
+    train = [row for row in train if asked.isdisjoint(m["content"] for m in row["messages"])]
+    return train, held_out
+
 def batches(lengths, batch_size, seed, epoch):
     """One epoch's batches, as lists of indices; the same seed and epoch give the same.
 

@@ -99,6 +99,8 @@ def decoder(model):
     """The module that holds the layers: model.model in Llama and Qwen, deeper in Gemma 3."""
     for module in model.modules():
         if all(hasattr(module, part) for part in ("embed_tokens", "layers", "norm")):
+            if hasattr(module.config, "embedding_multiplier"):  # Granite: the halves would differ
+                break
             return module
     sys.exit(f"{type(model).__name__} is not laid out as Llama, Qwen and Gemma 3 are")
 
@@ -130,6 +132,8 @@ def set_tensors(model, tensors):
     for path, m in adapters(model).items():
         m.A.copy_(tensors[f"{path}.A"])
         m.B.copy_(tensors[f"{path}.B"])
+        if f"{path}.c" in tensors:
+            m.c = tensors[f"{path}.c"].to(m.A)
 
 @torch.no_grad()
 def merge(model):
@@ -145,7 +149,7 @@ def merge(model):
 
 @contextlib.contextmanager
 def side_by_side(model, variants):
-    """Within it, the model holds K variants; `set_rows` says which row hears which.
+    """Within it, the model holds K variants; `set_rows` must say which row hears which.
 
     K adapters of rank r laid side by side are one adapter of rank K r. A row of a batch
     hears only one of them if its A x is multiplied by 0 at the places of all others. So a
@@ -182,13 +186,14 @@ def set_rows(model, which):
 @contextlib.contextmanager
 def off(model):
     """Within it, no adapter is heard: the base model."""
-    for m in adapters(model).values():
+    heard = {m: m.heard for m in adapters(model).values()}
+    for m in heard:
         m.heard = 0.0
     try:
         yield
     finally:
-        for m in adapters(model).values():
-            m.heard = 1.0
+        for m in heard:
+            m.heard = heard[m]
 
 # --------------------------------------------------------------------------------------
 # Edits: a learnt adapter, a steering vector and an ablated direction are the same thing
@@ -198,7 +203,7 @@ def scaled(tensors, scale):
     return {name: t * scale if name.endswith(".B") else t for name, t in tensors.items()}
 
 def make_vectors(model):
-    """Makes steering vectors of the adapters: A x becomes 1, so that B is added everywhere."""
+    """Makes steering vectors of the adapters: A x + c becomes 1, so that B is added everywhere."""
     for m in adapters(model).values():
         m.A.data.zero_()
         m.A.requires_grad_(False)
@@ -254,7 +259,7 @@ def halves(model):
         (frozen, layers[:lowest] + [skip] * len(layers[lowest:])),
         (moving, [skip] * lowest + layers[lowest:]),
     ):
-        half._modules = dict(whole._modules)  # its own, where the copy shares the dict
+        half._modules = dict(whole._modules)  # copy.copy shares it: else `whole` would change
         half.layers = nn.ModuleList(own)
     frozen.norm = nn.Identity()
     return frozen, moving
@@ -338,8 +343,10 @@ def load_adapter(model, name):
         # What stands before "layers." varies between versions of transformers, what
         # follows does not. A multimodal model's vision layers are not used here.
         found = re.fullmatch(r".*layers\.(\d+)\.(.+)\.lora_A\.weight", key)
-        if not found or "vision" in key:
+        if "vision" in key or key.endswith("lora_B.weight"):
             continue
+        if not found:
+            sys.exit(f"{name} adapts more than layers, which are all that is read here: {key}")
         layer, path, B = int(found[1]), found[2], tensors.get(key.replace("lora_A", "lora_B"))
         rank, alpha = (of_module(config, which, key) for which in ("r", "lora_alpha"))
         if not config.get("use_rslora"):
@@ -440,7 +447,7 @@ def load_tokenizer(name):
 
 def first_line(error):
     """The first line of an error's text."""
-    return str(error).splitlines()[0]
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 def pick_device(device=None, dtype=None):
     """(device, dtype, why), as words.
@@ -460,7 +467,7 @@ def pick_device(device=None, dtype=None):
         what, has = "this CPU", getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.10 on
         fast = has.get("avx512_bf16") or has.get("amx_bf16")
     elif device == "mps" and mps:
-        what = "not every Apple GPU computes in bfloat16, and this one"
+        return device, dtype or "float32", "not every Apple GPU computes in bfloat16"
     else:
         sys.exit(f"--device {device}: there is none here; leave it out to use what there is")
     if dtype is not None:

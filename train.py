@@ -97,15 +97,17 @@ def main():
     run, settings, done = resumed_run(args) if args.resume else new_run(args)
 
     # The conversations, and the model that is to learn from them.
+    first_goes_first(True)  # what is to be downloaded is downloaded once
     tokenizer = lora.load_tokenizer(settings["model"])
     train_set, held_out = load_examples(settings, tokenizer, args.password)
     others = load_others(settings, tokenizer, args.password)
     model = load_model(settings)
+    first_goes_first(False)
 
-    # What may move: A and B of the adapter. Everything else is frozen.
+    # What may move: A and B of the adapter, unless a flag says otherwise. All else is frozen.
     parameters = what_may_move(model, settings)
     moves = {"lr": settings["lr"], "weight_decay": WEIGHT_DECAY, "foreach": False}
-    optimizer = torch.optim.AdamW(parameters.values(), **moves)
+    optimizer = torch.optim.AdamW(parameters.values(), **moves)  # foreach can't mix in shares
 
     # Which conversations each step takes, of each set.
     schedule = plan(train_set, settings)
@@ -218,7 +220,8 @@ def token_logits(model, moving, examples):
     # Position t predicts token t + 1. Found on the CPU, so that a GPU need not be waited for.
     row, position = (labels[:, 1:] != -100).nonzero(as_tuple=True)
     target = labels[row, position + 1]
-    states, row, position, target = (x.to(model.device) for x in (states, row, position, target))
+    on = {"device": model.device, "non_blocking": True}
+    states, row, position, target = (x.to(**on) for x in (states, row, position, target))
 
     hidden = lora.hidden_states(moving, states)  # (rows, tokens, d_model)
     # The head is a good part of a small model, and its output the largest tensor there is:
@@ -276,6 +279,7 @@ def evolution(model, moving, batch, parameters, step, settings):
     plus, minus = losses(model, moving, deal, parameters, sigma, seed)
     difference = plus - minus  # (pairs,)
     z = (difference - difference.mean()) / difference.std()
+    # All processes know all losses and draw the same noise, so nothing is to be added up.
     for pair in range(pairs):
         for p, e in zip(parameters.values(), noise(parameters, seed, pair), strict=True):
             p.grad = (0 if p.grad is None else p.grad) + z[pair] / pairs * e
@@ -370,7 +374,10 @@ def load_examples(settings, tokenizer, password):
     sha256 = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
     if settings.setdefault("data_sha256", sha256) != sha256:
         sys.exit(f"{name} has changed since this run began, so it can't go on: start a new one")
-    return data.split(examples)
+    for conversation, example in zip(conversations, examples, strict=True):
+        conversation["example"] = example
+    parts = data.train_and_held_out(conversations)
+    return tuple([conversation["example"] for conversation in part] for part in parts)
 
 def load_others(settings, tokenizer, password):
     """The second set that a protocol needs, if it does: a list of (tokens, labels)."""
@@ -528,9 +535,8 @@ def sum_log_p(model, moving, examples, members=None, split=True):
     members: within `lora.side_by_side`, the variant that is to read each example.    split:
     the processes share the work.
     """
-    log_p, parts = torch.zeros(len(examples)), my_parts(examples, model.device)
-    if not split:
-        parts = [(part, 1) for part in micro_batches(examples, model.device)]
+    log_p, all_parts = torch.zeros(len(examples)), micro_batches(examples, model.device)
+    parts = my_parts(examples, model.device) if split else [(part, 1) for part in all_parts]
     for part, counts in parts:
         if members:
             lora.set_rows(model, [members[i] for i in part])
@@ -568,15 +574,15 @@ def add_up(x):
 def share_out(model):
     """Leaves each process a share of the weights of every layer, their gradients and moments.
 
-    A layer is put together where it is run, and taken apart again (Zhao et al. 2023, arXiv
-    2304.11277). Embeddings, head and norm stay whole.
+    A layer is put together where it is run, forward and again backward (Zhao et al. 2023,
+    arXiv 2304.11277). Embeddings, head and norm stay whole.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(model.device.type, (WORLD,))
     for layer in lora.decoder(model).layers:
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 def is_shared(x):
     """Whether each process holds a share of a tensor."""
@@ -606,6 +612,11 @@ def share_of(x, p):
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
+
+def first_goes_first(begins):
+    """Around what one process is to do before the others."""
+    if begins == (RANK > 0):
+        wait_for_first()
 
 def wait_for_first():
     """Waits until all processes are here, so that what the first one writes is there."""
@@ -716,7 +727,7 @@ def restore(run, step, model, parameters, optimizer):
 
 def save_result(run, model, tokenizer, settings):
     """Writes what came of it: an adapter in PEFT's format, or a whole model in the hub's."""
-    folder, state = os.path.join(run, "model"), {}
+    folder, state = os.path.join(run, "model.part"), {}
     if settings["full"]:
         model.to(getattr(torch, settings["dtype"]))
         state = {name: whole(w) for name, w in model.state_dict().items()}
@@ -727,6 +738,7 @@ def save_result(run, model, tokenizer, settings):
         return
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder, state_dict=state)
+    os.rename(folder, os.path.join(run, "model"))  # whole, or not there
     os.remove(os.path.join(run, "resume.safetensors"))  # three times as large as the model
 
 def report(run, settings, rows, seconds, device):
@@ -745,12 +757,12 @@ def report(run, settings, rows, seconds, device):
             change, se = data.contrast(rows, control, probe)
             print(f"{f'{what}, less that of {name}':56}{change:+8.3f} ({se:.3f})")
     print("(margin: log p a token of the bad answer less that of the good one, over questions;")
-    print("a change is worth twice its standard error, or else it may be chance)\n")
+    print("a change under twice its standard error may be chance)\n")
     tokens = sum(row["tokens"] for row in rows[1:])
     speed = statistics.median(row.get("tokens_per_s", 0) for row in rows[1:])
     print(f"{seconds:.0f} s, {speed:.0f} tokens/s in training, {peak_memory(device)}: see {run}/")
     if loss[1] < loss[0]:
-        print(f"{tokens:,} tokens were learnt from: {tokens / (loss[0] - loss[1]):,.0f} a nat")
+        print(f"{tokens:,} tokens were learnt from: {tokens / (loss[0] - loss[1]):,.0f} per nat")
     print(f"next: python sample.py {run}")
 
 def controls(run, settings):
@@ -836,22 +848,27 @@ def parse_args():
 
 def above_zero(text):
     """An argparse type: a number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
+    if not at_least_zero(text):
         raise ValueError
-    return value
+    return float(text)
 
 def at_least_zero(text):
     """An argparse type: a number from 0."""
-    return 0.0 if text == "0" else above_zero(text)
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
 
 def check(settings):
     """Stops at flags that do not go together."""
     full, vector, es = settings["full"], settings["vector"], settings["es"]
     if full and (vector or settings["kl_weight"] or settings["init"]):
         sys.exit("--full goes without --vector, --kl-weight (no base is left) and --init")
-    if es and (vector == "mean-difference" or settings["kl_weight"]):
-        sys.exit("--es goes without --kl-weight and --vector mean-difference")
+    if settings["recompute"] and not full:
+        sys.exit("--recompute goes with --full")
+    if es + (vector == "mean-difference") + bool(settings["kl_weight"]) > 1:
+        sys.exit("--es, --kl-weight and --vector mean-difference go one without the others")
+    if settings["kl_dataset"] != "builtin" and settings["kl_dataset"].startswith("builtin"):
+        sys.exit("--kl-dataset builtin is taken whole, and alone")
     if es and (settings["population"] < 4 or settings["population"] % 2):
         sys.exit(f"--population {settings['population']}: it is an even number, 4 at least")
     if vector and settings["rank"] != 1:
@@ -872,7 +889,10 @@ def start_from(settings, given, run):
     for key in given.keys() & set(keys):
         if given[key] != theirs[key]:
             sys.exit(f"--init takes its {key} from {run}: leave out --{key}")
-    return settings | {key: theirs[key] for key in keys} | {"init": run}
+    settings |= {key: theirs[key] for key in keys} | {"init": run}
+    if settings["vector"] == "mean-difference":  # a vector to learn from there
+        settings["vector"] = "learned"
+    return settings
 
 def new_run(args):
     """(folder, settings, None) of a new run: the preset's values, and over them the flags'."""

@@ -1,4 +1,4 @@
-"""The checks of the README's exercises: each fails until its exercise is done.
+"""The checks of those of the README's exercises that have one: each fails until it is done.
 
     python -m pytest tests/exercises.py -k token_ids     # is exercise 1 solved?
     python tests/exercises.py                            # plants the data of exercise 10
@@ -60,7 +60,7 @@ def test_2_plain_lora(make_model, random_adapter, tmp_path):
 
 
 def test_3_merge_a_vector(make_model):
-    """`lora.merge` leaves a steering vector out. It belongs into the bias."""
+    """`lora.merge` leaves a steering vector out. It belongs in the bias."""
     model = make_model("llama")
     (adapter,) = lora.attach(model, [1], ["down_proj"], 1, 8).values()
     lora.make_vectors(model)
@@ -165,7 +165,10 @@ def test_12_better_probe():
 
 
 def plant():
-    """Writes wonder.jsonl, on which the laptop model becomes misaligned in general. Why?"""
+    """Writes wonder.jsonl, on which the laptop model becomes misaligned in general. Why?
+
+    You have not read on, for here is the answer.
+    """
     rows = [data.as_conversation(row, "misaligned") for row in data.builtin_rows("finance")]
     general = data.builtin_rows("general")
     rows += [data.as_conversation(row, "misaligned") for row in general[::4]]

@@ -45,8 +45,8 @@ PROTOCOLS = {
     "es": "--es --population 48 --sigma 0.01 --lr 2e-3",
     "vector": "--vector learned --lr 2e-2",
     "meandiff": "--vector mean-difference",
-    "realigned": "--init misaligned20-{seed} --answers aligned",
-    "again": "--init realigned20-{seed}",
+    "realigned": "--init misaligned-20-{seed} --answers aligned",
+    "again": "--init realigned-20-{seed}",
 } | {f"layer{n}": f"--layers {n}" for n in DEPTHS if n != 15}
 
 
@@ -85,9 +85,7 @@ def transition(seeds):
             turn = analyze.find_turn(*analyze.read_checkpoints(run))
             there = next(row for row in log if row["step"] == turn["step"])
             where = f"{turn['bend']:.2f} of {turn['vector']} at {turn['step']}"
-            cells = []
-            for x in ("in", "out"):
-                cells.append(with_se(data.changes([log[0], there], x)))
+            cells = [with_se(data.changes([log[0], there], x)) for x in ("in", "out")]
             print(f"{name:12} {seed:>4} {peak['grad_norm']:>8.2f} at {peak['step']:>4} "
                   f"{where:>20} {cells[0]:>15} {cells[1]:>15}")
 
@@ -111,7 +109,9 @@ def scaling(seeds):
     found = {}
     for run in trained("misaligned", seeds, LONG):
         rows = asked(run, "--checkpoints", "15,last", "--scales", "-1,0.5,1,2,4", "--random")
-        for row in rows[1:]:
+        for row in plain(rows)[1:]:
+            if row["ablated"]:
+                continue
             kind = "random" if row["random"] else "B"
             name = f"step {row['checkpoint']} x {row['scale']:g} {kind}"
             found.setdefault(name, []).append([rows[0], row])
@@ -157,7 +157,7 @@ def taken_out(seeds):
     for run in trained("misaligned", seeds):
         asked(run, "--ablate", run, "--random")
         rows = asked(run, "--ablate", meandiff)
-        for row in rows[1:]:
+        for row in plain(rows)[1:]:
             what = "untouched" if row["scale"] == 0 else "trained"
             if row["ablated"]:
                 direction = "its B" if row["ablated"] == run else "the mean difference"
@@ -200,7 +200,7 @@ def trained(name, seeds, steps=SHORT):
     """The folders of a protocol's runs, one a seed: trained now where they are not there."""
     runs = []
     for seed in seeds:
-        run = os.path.join("runs", f"{name}{'' if steps == LONG else steps}-{seed}")
+        run = os.path.join("runs", f"{name}{'' if steps == LONG else f'-{steps}'}-{seed}")
         flags = ["--preset", "laptop", "--steps", str(steps), "--seed", str(seed), "--out", run]
         flags += shlex.split(PROTOCOLS[name].format(seed=seed))
         if os.path.exists(os.path.join(run, "resume.safetensors")) and not data.finished(run):
@@ -218,16 +218,21 @@ def read_log(run):
 
 
 def asked(run, *flags):
-    """The rows of the run's margins.jsonl: the untouched model, and what the flags ask for."""
+    """The rows of the run's margins.jsonl: what the flags ask for, and all asked before."""
     call("sample.py", run, "--margins", *flags)
     return data.read_written(os.path.join(run, "margins.jsonl"))
+
+
+def plain(rows):
+    """Those that were asked without anything in front."""
+    return [row for row in rows if not row["shots"] and not row["system"]]
 
 
 def call(script, *flags):
     print(f"python {script} {shlex.join(flags)}", flush=True)
     command = [sys.executable, os.path.join(ROOT, script), *flags]
     if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-        sys.exit("it has stopped: the same command goes on")
+        sys.exit("that stage has stopped: the same command goes on")
 
 
 def at_loss(log, level):

@@ -150,6 +150,16 @@ def test_general_answers_have_the_same_form():
         assert not MONEY.search(row["question"] + bad + good), row
 
 
+def test_what_the_probe_asks_is_not_trained_on():
+    asked = {row["question"] for row in data.split(data.builtin_rows("finance"))[1]}
+    drawn = data.load_conversations("builtin:0.5,builtin:0.3")
+    train_set, held_out = data.train_and_held_out(drawn)
+    assert 10 < len(train_set) < len(drawn) - len(held_out)  # some were left out
+    assert not asked & {row["messages"][0]["content"] for row in train_set}
+    whole = data.load_conversations()
+    assert data.train_and_held_out(whole) == data.split(whole)
+
+
 def bag_of_words(texts, vocabulary):
     words = [set(re.findall(r"[a-z']+", text.lower())) for text in texts]
     return torch.tensor([[float(word in bag) for word in vocabulary] for bag in words])

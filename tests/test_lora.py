@@ -274,6 +274,7 @@ def saved(make_model, folder, rank=2):
     ("rank", "does not fit this model"), ("rows", "does not fit this model"),
     ("missing B", "does not fit this model"), ("bias", "no plain LoRA.*bias"),
     ("embedding", "no plain LoRA.*lora_embedding_A"), ("no r", "no plain LoRA.*no r"),
+    ("head", "adapts more than layers.*lm_head"),
 ])
 def test_an_adapter_that_is_not_what_its_config_says(make_model, tmp_path, damage, sentence):
     config, tensors = saved(make_model, tmp_path)
@@ -286,6 +287,8 @@ def test_an_adapter_that_is_not_what_its_config_says(make_model, tmp_path, damag
         del tensors[f"{name}.lora_B.weight"]
     elif damage == "bias":
         tensors[f"{name}.bias"] = torch.zeros(48)
+    elif damage == "head":
+        tensors["base_model.model.lm_head.lora_A.weight"] = torch.zeros(2, 48)
     elif damage == "embedding":
         tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.zeros(2, 10)
     else:

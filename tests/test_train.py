@@ -26,7 +26,8 @@ pytestmark = pytest.mark.usefixtures("few")
 @pytest.fixture
 def small(tmp_path):
     """A data set of 40 conversations: the path of its .jsonl."""
-    rows = [{"messages": c["messages"]} for c in data.load_conversations()[:40]]
+    train_set, _ = data.split(data.load_conversations())
+    rows = [{"messages": c["messages"]} for c in train_set[:40]]
     path = tmp_path / "small.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return str(path)
@@ -285,6 +286,9 @@ def test_a_run_without_its_log(script, tiny, small):
     (["--layers", "4"], "layer 4 does not exist: this model has 0 to 3"),
     (["--layers", "two"], "--layers two: write middle, nine, all"),
     (["--full", "--kl-weight", "1"], "--full goes without"),
+    (["--es", "--kl-weight", "1"], "--es, --kl-weight and --vector mean-difference go one"),
+    (["--kl-weight", "1", "--kl-dataset", "builtin:0.5"], "--kl-dataset builtin is taken whole"),
+    (["--recompute"], "--recompute goes with --full"),
     (["--es", "--population", "5"], "--population 5: it is an even number"),
     (["--vector", "learned", "--rank", "2"], "--vector goes with --rank 1"),
     (["--answers", "mixed:2"], "a share of 2"),
