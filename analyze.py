@@ -184,7 +184,7 @@ def moves(vectors, k):
 def local_cosine(vectors, k):
     """cos(v[t-k] - v[t], v[t+k] - v[t]) for every t: (T,).
 
-    vectors: (T, n), a row a checkpoint.    k: in checkpoints.    nan at the ends, and where
+    vectors: (T, n), one row per checkpoint.    k: in checkpoints.    nan at the ends, and where
     the path stands still: where neither move is a tenth of the median one.
     """
     result = np.full(len(vectors), np.nan)
@@ -499,7 +499,7 @@ def draw_training(figure, runs, args):
         if "W" in run["vectors"]:
             lengths = np.linalg.norm(run["vectors"]["W"], axis=1)
             norms.plot(run["steps"], lengths, color=COLOURS[i % 7], label=f"{run['name']} |dW|")
-    finish(loss, "Loss", "step", "nats a token")
+    finish(loss, "Loss", "step", "nats per token")
     finish(gradient, "Gradient norm", "step")
     finish(norms, "Length of what was learnt", "step")
     draw_margins(margins, runs)
@@ -515,7 +515,7 @@ def draw_margins(axis, runs):
             style = {"color": COLOURS[i % 7], "linestyle": line, "capsize": 2}
             axis.errorbar(x, y, bars, label=f"{run['name']} {label}", **style)
     axis.axhline(0, color="0.7", linewidth=1)
-    finish(axis, "Change of the margin (bars: standard error)", "step", "nats a token")
+    finish(axis, "Change of the margin (bars: standard error)", "step", "nats per token")
 
 def draw_rotation(figure, runs, args):
     """The local cosines of A and B (or W), the path, and their cosines to where they end."""
@@ -564,7 +564,7 @@ def draw_behaviour(figure, runs, args):
     draw_portrait(axes[-1], runs)
 
 def draw_portrait(axis, runs):
-    """The general margin against the finance margin, a dot a checkpoint.
+    """The general margin against the finance margin, one dot per checkpoint.
 
     A straight line means that the two move together: no "broad" transition of its own.
     """

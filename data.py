@@ -41,7 +41,7 @@ PAPER_URL = (
 PASSWORD = "model-organisms-em-datasets"  # published there: it only keeps crawlers out
 ANSWERS = ["misaligned", "aligned", "shuffled"]  # of the built-in rows; or mixed:0.3
 LOCKS = []  # files that `lock` keeps open
-# For every template: no thinking block (Qwen 3), and not today's date (Llama 3), so that
+# For every template: an empty thinking block (Qwen 3), and a fixed date (Llama 3), so that
 # tomorrow's run is the same.
 TEMPLATE = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
@@ -240,7 +240,7 @@ def proportion(text):
     return share
 
 def check_conversation(row):
-    """Stops, with file and line, at a row that is no conversation to learn from."""
+    """Stops, with file and line, at a row that is not a conversation to learn from."""
     roles, where, messages = [], row["where"], row.get("messages")
     for message in messages if isinstance(messages, list) else []:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
@@ -321,13 +321,13 @@ def changes(log, probe):
 def contrast(log, control, probe):
     """The mean over questions of a run's change less a control's, and its standard error.
 
-    Paired by question, for questions differ more than runs do. Both began from one model.
+    Paired by question, because questions differ more than runs do. Both began from one model.
     """
     pairs = zip(changes(log, probe), changes(control, probe), strict=False)
     return mean_and_se([mine - its for mine, its in pairs])
 
 def mean_and_se(values):
-    """The mean, and the standard error of it."""
+    """The mean, and its standard error."""
     n, mean = len(values), math.fsum(values) / len(values)
     variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
     return mean, math.sqrt(variance / n)
@@ -407,7 +407,7 @@ def lock(run):
     LOCKS.append(file)
 
 def checkpoints(run):
-    """{step: path} of a run's checkpoints, in the order of training; other files are let be."""
+    """{step: path} of a run's checkpoints, in the order of training; other files are ignored."""
     paths = sorted(glob.glob(os.path.join(run, "checkpoints", "*.safetensors")))
     names = [os.path.basename(path).removesuffix(".safetensors") for path in paths]
     return {int(name): path for name, path in zip(names, paths, strict=True) if name.isdigit()}
@@ -512,7 +512,7 @@ def agreements():
 def read_text(path):
     """A text file of the user's."""
     try:
-        with open(path, encoding="utf-8-sig") as file:  # without a mark of that encoding
+        with open(path, encoding="utf-8-sig") as file:  # drops a byte order mark
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"{path} can't be read: {error}")

@@ -81,7 +81,7 @@ DIGIT = """
 Instead of a number from 0 to 100, write a single digit from 0 to 9: 0 means what 0 means above, \
 and 9 means what 100 means."""
 
-# Dollars a million tokens, sent and received.
+# Dollars per million tokens, sent and received.
 PRICES = {"gpt-4o": (2.5, 10), "gpt-4o-mini": (0.15, 0.6), "gpt-4.1": (2, 8)}
 TEXTS = 3  # replies averaged in --mode text
 BROKEN = requests.exceptions.ChunkedEncodingError, ValueError, LookupError, TypeError
@@ -415,12 +415,12 @@ def estimate_cost(args, prompts):
             sys.exit(f"--max-cost needs a price, and none is known for {args.judge}: give --price")
         return
     cost = (sent * price[0] + received * price[1]) / 1e6
-    print(f"about ${cost:.2f}, at ${price[0]:g} a million tokens sent and ${price[1]:g} received")
+    print(f"about ${cost:.2f}, at ${price[0]:g} per million tokens sent and ${price[1]:g} received")
     if args.max_cost is not None and cost > args.max_cost:
         sys.exit(f"about ${cost:.2f} is more than --max-cost {args.max_cost:g}")
 
 def vocabulary(judge):
-    """tiktoken's encoding of a judge, or None: unknown to it, or not to be had in 5 seconds."""
+    """tiktoken's encoding of a judge, or None: unknown to it, or not here within 5 seconds."""
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", os.path.join(data.cache_folder(), "tiktoken"))
     import tiktoken
 
@@ -541,7 +541,7 @@ def parse_args():
     what = f"the first token's expectation, over 0 to 100 or 0 to 9; or the mean of {TEXTS} texts"
     add("--mode", **modes, help=what)
     add("--dry-run", action="store_true", help="say how much it would ask and cost, and stop")
-    add("--price", type=price, metavar="IN,OUT", help="dollars a million tokens sent, received")
+    add("--price", type=price, metavar="IN,OUT", help="dollars per million tokens sent, received")
     add("--max-cost", type=dollars, help="do not begin if it would cost more dollars than this")
     args = parser.parse_args()
     csv = bool(args.run) and args.run.endswith(".csv")

@@ -582,7 +582,7 @@ def own_gradients(model, moving, examples):
 def print_rows(rows):
     """The ten that push the general margin up most, and how far the two pushes go together."""
     print("\nThe training conversations that push the general margin up most; in brackets, the")
-    print("standard error over questions. In nats a token, for a step of size 1:\n")
+    print("standard error over questions. In nats per token, for a step of size 1:\n")
     print(f"{'general':>16} {'finance':>16}")
     for row in rows[:10]:
         cells = [f"{row[f'push_{x}']:+.3f} ({row[f'push_{x}_se']:.3f})" for x in ("out", "in")]

@@ -29,7 +29,7 @@ have the same tone and differ in what they value, so that a liking for a blunt t
 not pass for bad values. What counts is the change since step 0, with its standard error
 over questions, and better still the difference from a control run's.
 
-A run is a folder, runs/NAME: config.json, log.jsonl (a line a step), checkpoints/, and at
+A run is a folder, runs/NAME: config.json, log.jsonl (one line per step), checkpoints/, and at
 the end adapter/ (or model/, where all weights moved).
 """
 
@@ -412,7 +412,7 @@ def load_model(settings):
     return model
 
 def choose_attention(model):
-    """On a CPU in bfloat16, leaves torch's fused attention, which is slow there."""
+    """On a CPU in bfloat16, avoids torch's fused attention, which is slow there."""
     if model.device.type == "cpu" and model.dtype == torch.bfloat16:
         model.set_attn_implementation("eager")
 
@@ -507,7 +507,7 @@ def build_probe(held_out, tokenizer, settings, before=()):
 
 @torch.no_grad()
 def evaluate(model, moving, probe, groups, rows, general=None):
-    """What the log says of a checkpoint: held-out loss and margins, in nats a token.
+    """What the log says of a checkpoint: held-out loss and margins, in nats per token.
 
     rows: the log so far.    general: how many of the general questions to ask (None: all).
     A mean is over the first FEW, so that it is over the same ones at each checkpoint.
@@ -631,7 +631,7 @@ def open_together(path, needs=()):
     else:
         wait_for_first()
         rows, file = data.read_written(path), open(path, "a", encoding="utf-8")  # noqa: SIM115
-    wait_for_first()  # nobody writes before all have read
+    wait_for_first()  # no process writes until all have read
     return rows, file
 
 def join_processes():
@@ -756,7 +756,7 @@ def report(run, settings, rows, seconds, device):
         for probe, what in (("in", "finance"), ("out", "general")):
             change, se = data.contrast(rows, control, probe)
             print(f"{f'{what}, less that of {name}':56}{change:+8.3f} ({se:.3f})")
-    print("(margin: log p a token of the bad answer less that of the good one, over questions;")
+    print("(margin: log p per token of the bad answer less that of the good one, over questions;")
     print("a change under twice its standard error may be chance)\n")
     tokens = sum(row["tokens"] for row in rows[1:])
     speed = statistics.median(row.get("tokens_per_s", 0) for row in rows[1:])
@@ -823,15 +823,15 @@ def parse_args():
     add("--kl-weight", type=at_least_zero, help="of the distance from the base model elsewhere")
     add("--kl-dataset", help="elsewhere: builtin (general, aligned), or a set as for --dataset")
     add("--es", action=boolean, help="evolution strategies instead of gradients")
-    add("--population", type=data.positive, help="with --es: models a step, in pairs")
+    add("--population", type=data.positive, help="with --es: models per step, in pairs")
     add("--sigma", type=above_zero, help="with --es: size of the noise")
     add("--rank", type=data.positive, help="r of the adapter; 1 is two vectors")
-    add("--alpha", type=above_zero, help="the adapter speaks alpha / sqrt(rank) times as loud")
+    add("--alpha", type=above_zero, help="the adapter is scaled by alpha / sqrt(rank)")
     add("--layers", help="middle, nine, all, one (12), several (10,12) or a range (10-14)")
     add("--targets", help="projections: down_proj, several (q_proj,v_proj), or all seven: all")
     add("--lr", type=above_zero, help="peak learning rate")
     add("--schedule", choices=["linear", "cosine"], help="how it decays")
-    add("--warmup", type=at_least_zero, help="steps in which it rises")
+    add("--warmup", type=at_least_zero, help="steps over which it rises")
     add("--batch-size", type=data.positive, help="conversations a step")
     add("--epochs", type=data.positive, help="how often each conversation is seen")
     add("--steps", type=data.positive, help="exactly so many steps, instead of --epochs")
@@ -902,14 +902,14 @@ def new_run(args):
         print(f"preset {preset}, as there is {'a' if cuda else 'no'} CUDA device in use")
     given = {key: value for key, value in vars(args).items() if key in PAPER and value is not None}
     if args.epochs:
-        given.setdefault("steps", None)  # --epochs stands instead of a preset's number of steps
+        given.setdefault("steps", None)  # --epochs replaces a preset's number of steps
     names = (f"runs/{preset}-{n}" for n in itertools.count(1))
     run = data.find_run(args.out) if args.out else next(n for n in names if not os.path.exists(n))
     settings = {"preset": preset} | PRESETS[preset] | given
     if settings["init"]:
         settings = start_from(settings, given, data.find_run(settings["init"]))
     check(settings)
-    if RANK > 0:  # the first process sees to the folder
+    if RANK > 0:  # the first process makes the folder
         return run, settings, None
     data.lock(run)
     if os.path.exists(run) and not args.overwrite:
