@@ -197,15 +197,14 @@ def test_a_run_is_compared_with_its_controls(script, tiny):
 
 
 def test_kill_at_any_moment_and_resume_ends_with_the_same_bits(script, few, tiny, small):
-    flags = [sys.executable, few, "--model", tiny, "--dataset", small,
-             "--batch-size", "4", "--epochs", "2", "--checkpoint-every", "3", "--lr", "1e-2"]
-    flags += FLOAT32
-    subprocess.run([*flags, "--out", "whole"], check=True, capture_output=True)
+    flags = ["--model", tiny, "--dataset", small, "--batch-size", "4", "--epochs", "2",
+             "--checkpoint-every", "3", "--lr", "1e-2", *FLOAT32]
+    assert script(train, *flags, "--out", "whole")[0] == 0
     with open("runs/whole/adapter/adapter_model.safetensors", "rb") as file:
         want = file.read()
     for name, lines in (("early", 1), ("middle", 9)):  # in the second epoch, between checkpoints
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen([*flags, "--out", name], **quiet)
+        process = subprocess.Popen([sys.executable, few, *flags, "--out", name], **quiet)
         path = f"runs/{name}/log.jsonl"
         while not os.path.exists(path) or len(open(path).readlines()) <= lines:  # noqa: SIM115
             assert process.poll() is None
@@ -214,7 +213,7 @@ def test_kill_at_any_moment_and_resume_ends_with_the_same_bits(script, few, tiny
         process.wait()
         with open(path, "a") as file:
             file.write('{"step": 99, "lo')  # a line that the kill tore
-        subprocess.run([*flags[:2], "--resume", name], check=True, capture_output=True)
+        assert script(train, "--resume", name)[0] == 0
         with open(f"runs/{name}/adapter/adapter_model.safetensors", "rb") as file:
             assert file.read() == want
         for row, whole in zip(log(name), log("whole"), strict=True):
