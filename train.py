@@ -132,9 +132,8 @@ def main():
             batch = [states[i] for i in schedule[step - 1]]
             other = [other_states[i] for i in other_schedule[step - 1]]
             lr = settings["lr"] * learning_rate(step, steps, settings)
-            row |= take_step(
-                model, moving, batch, other, parameters, optimizer, step, lr, settings
-            )
+            optimizer.param_groups[0]["lr"] = lr
+            row |= take_step(model, moving, batch, other, parameters, optimizer, step, settings)
         saving = step % settings["checkpoint_every"] == 0 or step == steps
         if saving:
             general = None if step in (0, steps) else FEW
@@ -149,7 +148,7 @@ def main():
 # --------------------------------------------------------------------------------------
 # One step
 
-def take_step(model, moving, batch, other, parameters, optimizer, step, lr, settings):
+def take_step(model, moving, batch, other, parameters, optimizer, step, settings):
     """Moves the parameters a little, after a batch of examples. Returns what is logged."""
     began, moved = time.time(), list(parameters.values())
     if settings["vector"] == "mean-difference":
@@ -159,7 +158,6 @@ def take_step(model, moving, batch, other, parameters, optimizer, step, lr, sett
     else:
         row = backpropagation(model, moving, batch, other, moved, settings["kl_weight"])
     row["grad_norm"] = clip([p.grad for p in moved])
-    optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
 
@@ -169,7 +167,7 @@ def take_step(model, moving, batch, other, parameters, optimizer, step, lr, sett
             row[f"norm_{x}"] = torch.nn.utils.get_total_norm(found)
     values = torch.stack([torch.as_tensor(value, device=model.device) for value in row.values()])
     row = dict(zip(row, values.tolist(), strict=True))  # the device is waited for once
-    tokens = int(row["tokens"])
+    tokens, lr = int(row["tokens"]), optimizer.param_groups[0]["lr"]
     return row | {"lr": lr, "tokens": tokens, "tokens_per_s": tokens / (time.time() - began)}
 
 def backpropagation(model, moving, batch, other, moved, kl_weight):
