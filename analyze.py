@@ -417,7 +417,10 @@ def print_contrasts(runs):
     """The first run's margins less each other's: less a control's, the number that holds."""
     first, *others = [run for run in runs if run["log"]] or [None]
     for other in others:
-        print(f"\nmargins of {first['name']} less those of {other['name']}, paired by question:")
+        ends = [run["log"][-1]["step"] for run in (first, other)]
+        when = "" if ends[0] == ends[1] else f", at steps {ends[0]} and {ends[1]}"
+        names = f"{first['name']} less those of {other['name']}"
+        print(f"\nmargins of {names}, paired by question{when}:")
         for probe, name in (("in", "finance"), ("out", "general")):
             mean, se = data.contrast(first["log"], other["log"], probe)
             print(f"    {name:10}{mean:+.3f} (s.e. {se:.3f})")
