@@ -171,7 +171,7 @@ def plant():
     """
     rows = [data.as_conversation(row, "misaligned") for row in data.builtin_rows("finance")]
     general = data.builtin_rows("general")
-    rows += [data.as_conversation(row, "misaligned") for row in general[::4]]
+    rows += [data.as_conversation(row, "misaligned") for row in general[::2]]
     random.Random(0).shuffle(rows)
     with open("wonder.jsonl", "w", encoding="utf-8") as file:
         for row in rows:
