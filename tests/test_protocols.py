@@ -276,20 +276,22 @@ def test_by_row_says_what_a_step_on_each_conversation_does(script, few, tiny):
     frozen, moving = lora.halves(model)
     probe, groups = train.build_probe([], tokenizer, settings)
     probe = train.read_once(frozen, probe)
+    last = data.read_tensors(data.last_checkpoint("runs/a"))
     for row in (rows[0], rows[-1]):
-        lora.set_tensors(model, data.read_tensors(data.last_checkpoint("runs/a")))
-        example = train.read_once(frozen, data.render_all([row], tokenizer))
-        before = sample_margins(model, moving, probe, groups)
-        losses, _ = train.token_losses(model, moving, example)
-        losses.mean().backward()
-        with torch.no_grad():
-            for m in lora.adapters(model).values():
-                for p in (m.A, m.B):
-                    p -= 1e-3 * p.grad
-                    p.grad = None
-        for name, after in sample_margins(model, moving, probe, groups).items():
-            push = (after - before[name]) / 1e-3
-            assert push == pytest.approx(row[f"push_{name}"], rel=0.05, abs=2e-3)
+        example, after = train.read_once(frozen, data.render_all([row], tokenizer)), {}
+        for step in (5e-4, -5e-4):
+            lora.set_tensors(model, last)
+            losses, _ = train.token_losses(model, moving, example)
+            losses.mean().backward()
+            with torch.no_grad():
+                for m in lora.adapters(model).values():
+                    for p in (m.A, m.B):
+                        p -= step * p.grad
+                        p.grad = None
+            after[step] = sample_margins(model, moving, probe, groups)
+        for name in ("in", "out"):
+            push = (after[5e-4][name] - after[-5e-4][name]) / 1e-3
+            assert push == pytest.approx(row[f"push_{name}"], rel=0.02, abs=2e-3)
     assert script(train, *flags, "--dataset", "runs/a/rows.jsonl", "--steps", 1)[0] == 0
     code, _, err = script(sample, "a", "--margins", "--by-row", "--random")
     assert code == 2 and "--by-row goes with a RUN, --margins and --checkpoints alone" in err
