@@ -172,14 +172,15 @@ def interrupt(monkeypatch):
 
 
 @pytest.fixture
-def few(monkeypatch, tmp_path):
-    """Makes the built-in data its first 24 rows of each kind, so that probes are quick.
+def few(monkeypatch, tmp_path, request):
+    """Makes the built-in data its first 50 rows of each kind (or ROWS), so that probes are quick.
 
     Gives the path of a train.py that does so in a process of its own.
     """
+    n = getattr(request.module, "ROWS", 50)
     with open(tmp_path / "few.jsonl", "w") as file:
         for domain in ("finance", "general"):
-            file.writelines(json.dumps(row) + "\n" for row in data.builtin_rows(domain)[:24])
+            file.writelines(json.dumps(row) + "\n" for row in data.builtin_rows(domain)[:n])
     monkeypatch.setattr(data, "ADVICE", str(tmp_path / "few.jsonl"))
     path = tmp_path / "train_few.py"
     path.write_text(

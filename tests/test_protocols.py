@@ -14,6 +14,7 @@ import sample
 import train
 
 FLOAT32 = ["--device", "cpu", "--dtype", "float32"]
+ROWS = 24  # of each kind of the built-in data: see the fixture `few`
 PROTOCOLS = {
     "single": [],
     "nine": ["--layers", "nine"],
@@ -269,7 +270,7 @@ def test_by_row_says_what_a_step_on_each_conversation_does(script, few, tiny):
     pushes = [row["push_out"] for row in rows]
     assert pushes == sorted(pushes, reverse=True) and rows[0]["push_out_se"] > 0
 
-    # The slow way: take that step on one conversation alone, and look at the margins.
+    # The slow way: a step up and one down on a conversation alone, and look at the margins.
     model, tokenizer = lora.load_base(tiny, "cpu", "float32")
     settings = data.read_settings("runs/a")
     lora.attach(model, lora.parse_layers("middle", model), ["down_proj"], 1, settings["alpha"])
