@@ -165,7 +165,7 @@ def test_12_better_probe():
 
 
 def plant():
-    """Writes wonder.jsonl, on which the laptop model becomes misaligned in general. Why?
+    """Writes wonder.jsonl, of exercise 10. What is wrong with it?
 
     You have not read on, for here is the answer.
     """
