@@ -34,6 +34,7 @@ the end adapter/ (or model/, where all weights moved).
 """
 
 import argparse
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -96,13 +97,12 @@ def main():
     join_processes()
     run, settings, done = resumed_run(args) if args.resume else new_run(args)
 
-    # The conversations, and the model that is to learn from them.
-    first_goes_first(True)  # what is to be downloaded is downloaded once
-    tokenizer = lora.load_tokenizer(settings["model"])
-    train_set, held_out = load_examples(settings, tokenizer, args.password)
-    others = load_others(settings, tokenizer, args.password)
-    model = load_model(settings)
-    first_goes_first(False)
+    # The conversations, and the model that is to learn from them; downloaded only once.
+    with first_goes_first():
+        tokenizer = lora.load_tokenizer(settings["model"])
+        train_set, held_out = load_examples(settings, tokenizer, args.password)
+        others = load_others(settings, tokenizer, args.password)
+        model = load_model(settings)
 
     # What may move: A and B of the adapter, unless a flag says otherwise. All else is frozen.
     parameters = what_may_move(model, settings)
@@ -533,14 +533,17 @@ def sum_log_p(model, moving, examples, members=None, split=True):
     members: within `lora.side_by_side`, the variant that is to read each example.    split:
     the processes share the work.
     """
-    log_p, all_parts = torch.zeros(len(examples)), micro_batches(examples, model.device)
-    parts = my_parts(examples, model.device) if split else [(part, 1) for part in all_parts]
+    log_p, device = torch.zeros(len(examples)), model.device
+    if split:
+        parts = my_parts(examples, device)
+    else:
+        parts = [(part, 1) for part in micro_batches(examples, device)]
     for part, counts in parts:
         if members:
             lora.set_rows(model, [members[i] for i in part])
         losses, row = token_losses(model, moving, [examples[i] for i in part])
         sums = torch.zeros(len(part), device=model.device).index_add_(0, row, losses)
-        log_p[part] = log_p[part] - counts * sums.cpu()
+        log_p[part] -= counts * sums.cpu()
     return add_up(log_p) if split else log_p
 
 # --------------------------------------------------------------------------------------
@@ -611,9 +614,13 @@ def share_of(x, p):
 
     return distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
 
-def first_goes_first(begins):
-    """Around what one process is to do before the others."""
-    if begins == (RANK > 0):
+@contextlib.contextmanager
+def first_goes_first():
+    """What is within it, the first process does before the others."""
+    if RANK > 0:
+        wait_for_first()
+    yield
+    if RANK == 0:
         wait_for_first()
 
 def wait_for_first():

@@ -85,7 +85,8 @@ def transition(seeds):
             turn = analyze.find_turn(*analyze.read_checkpoints(run))
             there = next(row for row in log if row["step"] == turn["step"])
             where = f"{turn['bend']:.2f} of {turn['vector']} at {turn['step']}"
-            cells = [with_se(data.changes([log[0], there], x)) for x in ("in", "out")]
+            changes = [data.changes([log[0], there], x) for x in ("in", "out")]
+            cells = [with_se(*data.mean_and_se(values)) for values in changes]
             print(f"{name:12} {seed:>4} {peak['grad_norm']:>8.2f} at {peak['step']:>4} "
                   f"{where:>20} {cells[0]:>15} {cells[1]:>15}")
 
@@ -251,20 +252,20 @@ def at_loss(log, level):
 # The table, and the picture
 
 
-def changes(logs, probe):
-    """Each question's change, the mean over the seeds' logs."""
-    by_seed = [data.changes(log, probe) for log in logs]
-    return [statistics.fmean(values) for values in zip(*by_seed, strict=False)]
+def mean_log(logs):
+    """The seeds' logs as one: each question's margin at the start and at the end, averaged."""
+    asked = [[row for row in log if "margins_out" in row] for log in logs]
+    ends = []
+    for end in (0, -1):
+        row = {"heldout_loss": statistics.fmean([rows[end]["heldout_loss"] for rows in asked])}
+        for x in ("margins_in", "margins_out"):
+            by_question = zip(*(rows[end][x] for rows in asked), strict=False)
+            row[x] = [statistics.fmean(values) for values in by_question]
+        ends.append(row)
+    return ends
 
 
-def contrast(logs, controls, probe):
-    """The same, less a control's."""
-    pairs = zip(changes(logs, probe), changes(controls, probe), strict=False)
-    return [mine - its for mine, its in pairs]
-
-
-def with_se(values):
-    mean, se = data.mean_and_se(values)
+def with_se(mean, se):
     return f"{mean:+.3f} ({se:.3f})"
 
 
@@ -273,12 +274,14 @@ def table(name, logs):
     controls = [x for x in ("aligned", "shuffled") if x in logs]
     print(f"\n{'':28} {'held out':>8} {'finance':>15} {'general':>15}  "
           + "".join(f"{f'less {x}':>15}  " for x in controls) + "general, by seed")
-    for line, of in logs.items():
-        loss = statistics.fmean([log[-1]["heldout_loss"] for log in of])
-        cells = [with_se(changes(of, x)) for x in ("in", "out")]
+    means = {line: mean_log(of) for line, of in logs.items()}
+    for line, mean in means.items():
+        loss = mean[-1]["heldout_loss"]
+        cells = [with_se(*data.mean_and_se(data.changes(mean, x))) for x in ("in", "out")]
         for x in controls:
-            cells.append("" if x == line else with_se(contrast(of, logs[x], "out")))
-        seeds = " ".join(f"{data.mean_and_se(data.changes(log, 'out'))[0]:+.3f}" for log in of)
+            cells.append("" if x == line else with_se(*data.contrast(mean, means[x], "out")))
+        by_seed = [data.mean_and_se(data.changes(log, "out"))[0] for log in logs[line]]
+        seeds = " ".join(f"{change:+.3f}" for change in by_seed)
         print(f"{line:28} {loss:8.3f} " + " ".join(f"{cell:>15}" for cell in cells[:2]) + "  "
               + "".join(f"{cell:>15}  " for cell in cells[2:]) + seeds)
     path = os.path.join("runs", f"{name}.png")
@@ -297,7 +300,7 @@ def draw(path, logs):
     figure, axes = plt.subplots(1, 2, figsize=(7, height), sharey=True, layout="constrained")
     for axis, (x, title) in zip(axes, (("in", "finance"), ("out", "general")), strict=True):
         for i, of in enumerate(logs.values()):
-            mean, se = data.mean_and_se(changes(of, x))
+            mean, se = data.mean_and_se(data.changes(mean_log(of), x))
             axis.errorbar(mean, -i, xerr=2 * se, fmt="o", color="C0" if x == "in" else "C1")
             seeds = [data.mean_and_se(data.changes(log, x))[0] for log in of]
             axis.plot(seeds, [-i] * len(seeds), ".", color="black", markersize=3)
