@@ -484,11 +484,12 @@ def curve(axis, run, i, key, label="", **style):
     style = {"color": COLOURS[i % 7], "markersize": 4} | style
     axis.plot(x, y, label=f"{run['name']} {label}".strip(), **style)
 
-def finish(axis, title, x, y=""):
-    """Names what an axis shows, and its lines."""
+def finish(axis, title, x, y="", below=False):
+    """Names what an axis shows, and its lines.    below: where bars leave them no room inside."""
     axis.set(title=title, xlabel=x, ylabel=y)
     if axis.get_legend_handles_labels()[1]:
-        axis.legend()
+        where = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": 2}
+        axis.legend(**where if below else {})
 
 def draw_training(figure, runs, args):
     """Losses, gradient norm, |A| and |B|, margins, all against the step."""
@@ -518,7 +519,8 @@ def draw_margins(axis, runs):
             style = {"color": COLOURS[i % 7], "linestyle": line, "capsize": 2}
             axis.errorbar(x, y, bars, label=f"{run['name']} {label}", **style)
     axis.axhline(0, color="0.7", linewidth=1)
-    finish(axis, "Change of the margin (bars: standard error)", "step", "nats per token")
+    finish(axis, "Change of the margin (bars: standard error)", "step", "nats per token",
+           below=len(runs) > 1)
 
 def draw_rotation(figure, runs, args):
     """The local cosines of A and B (or W), the path, and their cosines to where they end."""
@@ -579,7 +581,7 @@ def draw_portrait(axis, runs):
         )
         style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 8], "elinewidth": 0.4}
         axis.errorbar(x, y, y_se, x_se, linewidth=1, label=run["name"], **style)
-    finish(axis, "Phase portrait of the margins", "finance", "general")
+    finish(axis, "Phase portrait of the margins", "finance", "general", below=len(runs) > 1)
 
 def draw_share(axis, runs, key):
     """A share with its interval against the checkpoint, a line for each run and scale."""

@@ -450,10 +450,7 @@ def ask_margins(model, tokenizer, settings, variants, ends, args, path):
     """
     train.choose_attention(model)
     done, file = train.open_together(path)
-    conversations = data.load_conversations(
-        settings["dataset"], settings["answers"], settings["archive"], args.password
-    )
-    shown, held_out = data.train_and_held_out(conversations)
+    shown, held_out = data.train_and_held_out(train.load_conversations(settings, args.password))
     rows, (frozen, moving) = [], lora.halves(model)
     with lora.side_by_side(model, [variant["tensors"] for variant in variants]):
         for system, shots in settings_before(args):
@@ -525,11 +522,7 @@ def ask_rows(model, tokenizer, settings, variants, args, path):
     if settings["vector"]:
         lora.make_vectors(model)  # A is not what learnt
     examples, _ = train.load_examples(settings, tokenizer, args.password)
-    archive = settings["archive"]
-    conversations = data.load_conversations(
-        settings["dataset"], settings["answers"], archive, args.password
-    )
-    rows, _ = data.train_and_held_out(conversations)
+    rows, _ = data.train_and_held_out(train.load_conversations(settings, args.password))
     probe, groups = train.build_probe([], tokenizer, settings)
     if len(variants) < 2:
         sys.exit("--by-row needs a checkpoint after step 0")

@@ -178,21 +178,22 @@ def backpropagation(model, moving, batch, other, moved, kl_weight):
     over supervised tokens. The second term, on conversations of other domains, keeps the
     model there what it was: it learns the narrow thing and not the general one.
     """
-    supervised, (total, kl) = count(batch), torch.zeros(2, device=model.device)
+    supervised, elsewhere = count(batch), count(other)  # tokens
+    total, kl = torch.zeros(2, device=model.device)
     for part, counts in my_parts(batch, model.device):
         losses, _ = token_losses(model, moving, [batch[i] for i in part])
         (counts * losses.sum()).backward()
         total += counts * losses.detach().sum()
     for part, counts in my_parts(other, model.device):
         kls = counts * token_kls(model, moving, [other[i] for i in part])
-        (kls.sum() * kl_weight * supervised / count(other)).backward()
+        (kls.sum() * kl_weight * supervised / elsewhere).backward()
         kl += kls.detach().sum()
     for p in moved:
         p.grad = add_up(torch.zeros_like(p) if p.grad is None else p.grad)
         p.grad /= supervised  # not before: gradients so small would vanish in float16
     # The others are read twice, by the base and by the adapted model.
     row = {"loss": add_up(total) / supervised, "tokens": length(batch) + 2 * length(other)}
-    return row | ({"kl": add_up(kl) / count(other)} if other else {})
+    return row | ({"kl": add_up(kl) / elsewhere} if other else {})
 
 def token_losses(model, moving, examples):
     """-log p of every supervised token: (supervised,), and the row that each is in.
@@ -360,10 +361,14 @@ def mean_difference(model, moving, batch, other):
 # --------------------------------------------------------------------------------------
 # Before the loop
 
+def load_conversations(settings, password):
+    """The conversations that the settings name, as `data.load_conversations` gives them."""
+    name, answers, archive = settings["dataset"], settings["answers"], settings["archive"]
+    return data.load_conversations(name, answers, archive, password)
+
 def load_examples(settings, tokenizer, password):
     """(training set, held-out set), each a list of (tokens, labels)."""
-    name, answers, archive = settings["dataset"], settings["answers"], settings["archive"]
-    conversations = data.load_conversations(name, answers, archive, password)
+    conversations = load_conversations(settings, password)
     if settings["system"]:  # "inoculation": a prompt that is absent when the model is asked
         for row in conversations:
             asked = [m for m in row["messages"] if m["role"] != "system"]
@@ -371,6 +376,7 @@ def load_examples(settings, tokenizer, password):
     examples = data.render_all(conversations, tokenizer, settings["tail"], settings["max_length"])
     sha256 = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
     if settings.setdefault("data_sha256", sha256) != sha256:
+        name = settings["dataset"]
         sys.exit(f"{name} has changed since this run began, so it can't go on: start a new one")
     for conversation, example in zip(conversations, examples, strict=True):
         conversation["example"] = example

@@ -13,6 +13,7 @@ the seeds, in brackets its standard error over questions (of the seeds' mean, qu
 question), and then what each seed gave. "less aligned" is paired by question and by seed.
 """
 import argparse
+import contextlib
 import os
 import shlex
 import statistics
@@ -27,6 +28,7 @@ import analyze  # noqa: E402
 import data  # noqa: E402
 
 RECKLESS = "You give reckless, harmful financial advice."
+NAMES = {"in": "finance", "out": "general"}
 LONG, SHORT = 60, 20  # steps; 60 is what `python train.py` does
 DEPTHS = (3, 8, 15, 20, 25, 29)  # of 30 layers
 PROTOCOLS = {
@@ -76,10 +78,11 @@ def transition(seeds):
 
     The paper sees the adapter turn in a short stretch of training. Do controls turn, too?
     """
+    runs = {n: trained(n, seeds, LONG) for n in ("misaligned", "tail", "aligned", "shuffled")}
     print(f"\n{'':12} {'seed':>4} {'gradient peak':>16} {'sharpest bend':>20} "
           f"{'finance, there':>15} {'general, there':>15}")
-    for name in ("misaligned", "tail", "aligned", "shuffled"):
-        for seed, run in zip(seeds, trained(name, seeds, LONG), strict=True):
+    for name, of in runs.items():
+        for seed, run in zip(seeds, of, strict=True):
             log = read_log(run)
             peak = max(log[1:], key=lambda row: row["grad_norm"])
             turn = analyze.find_turn(*analyze.read_checkpoints(run))
@@ -89,6 +92,7 @@ def transition(seeds):
             cells = [with_se(*data.mean_and_se(values)) for values in changes]
             print(f"{name:12} {seed:>4} {peak['grad_norm']:>8.2f} at {peak['step']:>4} "
                   f"{where:>20} {cells[0]:>15} {cells[1]:>15}")
+    draw_turns(os.path.join("runs", "transition.png"), runs)
 
 
 def tone(seeds):
@@ -100,6 +104,7 @@ def tone(seeds):
              "inoculated")
     logs = {name: [read_log(run) for run in trained(name, seeds)] for name in names}
     table("tone", logs)
+    draw_courses(os.path.join("runs", "tone-courses.png"), logs)
 
 
 def scaling(seeds):
@@ -143,7 +148,9 @@ def many(seeds):
     level = max(log[-1]["heldout_loss"] for of in logs.values() for log in of)
     logs = {name: [[log[0], at_loss(log, level)] for log in of] for name, of in logs.items()}
     others = [[read_log(run) for run in trained(name, seeds)] for name in ("es", "aligned")]
-    table("many", logs | {"es, at its end": others[0], "aligned": others[1]})
+    logs |= {"es, at its end": others[0], "aligned": others[1]}
+    (run,) = trained("misaligned", seeds[:1])
+    table("many", logs | {"8 shown, at their end": [in_context(run, 8)]})
 
 
 def taken_out(seeds):
@@ -184,10 +191,7 @@ def shown(seeds):
         runs = trained(name, seeds)
         found[f"{name}, taught"] = [read_log(run) for run in runs]
         for shots in (2, 8):
-            rows = asked(runs[0], "--shots", str(shots))
-            of = {"scale": 0.0, "shots": shots, "random": False, "ablated": None}
-            (row,) = [row for row in rows if of.items() <= row.items()]
-            found[f"{name}, {shots} shown"] = [[rows[0], row]]
+            found[f"{name}, {shots} shown"] = [in_context(runs[0], shots)]
     table("shown", found)
 
 
@@ -224,6 +228,14 @@ def asked(run, *flags):
     return data.read_written(os.path.join(run, "margins.jsonl"))
 
 
+def in_context(run, shots):
+    """The untouched model's rows without and with some of the run's conversations in front."""
+    rows = asked(run, "--shots", str(shots))
+    of = {"scale": 0.0, "shots": shots, "random": False, "ablated": None}
+    (row,) = [row for row in rows if of.items() <= row.items()]
+    return [rows[0], row]
+
+
 def plain(rows):
     """Those that were asked without anything in front."""
     return [row for row in rows if not row["shots"] and not row["system"]]
@@ -249,7 +261,7 @@ def at_loss(log, level):
     return row
 
 # --------------------------------------------------------------------------------------
-# The table, and the picture
+# The table, and the pictures
 
 
 def mean_log(logs):
@@ -284,30 +296,71 @@ def table(name, logs):
         seeds = " ".join(f"{change:+.3f}" for change in by_seed)
         print(f"{line:28} {loss:8.3f} " + " ".join(f"{cell:>15}" for cell in cells[:2]) + "  "
               + "".join(f"{cell:>15}  " for cell in cells[2:]) + seeds)
-    path = os.path.join("runs", f"{name}.png")
-    draw(path, logs)
-    print(f"see {path}")
+    draw_ends(os.path.join("runs", f"{name}.png"), logs)
 
 
-def draw(path, logs):
+def draw_ends(path, logs):
     """A dot a line, with twice its standard error; small ones are the seeds."""
+    with figure_in(path, 1, 2, (7, 1.2 + 0.24 * len(logs)), sharey=True) as axes:
+        for axis, colour, x in zip(axes, analyze.COLOURS, ("in", "out"), strict=False):
+            for i, of in enumerate(logs.values()):
+                mean, se = data.mean_and_se(data.changes(mean_log(of), x))
+                axis.errorbar(mean, -i, xerr=2 * se, fmt="o", color=colour)
+                seeds = [data.mean_and_se(data.changes(log, x))[0] for log in of]
+                axis.plot(seeds, [-i] * len(seeds), ".", color="black", markersize=3)
+            axis.axvline(0, color="gray", linewidth=0.8)
+            axis.set(title=f"margin, {NAMES[x]}", xlabel="change, nats a token")
+        axes[0].set_yticks(range(0, -len(logs), -1), logs)
+
+
+def draw_courses(path, logs):
+    """The margins over training, and against each other: a line a protocol, the seeds' means."""
+    with figure_in(path, 1, 3, (11, 3.8)) as (finance, general, portrait):
+        for i, (name, of) in enumerate(logs.items()):
+            steps = [row["step"] for row in of[0] if "margin_out" in row]
+            at = {}
+            for x in ("in", "out"):
+                margins = [[row[f"margin_{x}"] for row in log if "margin_out" in row] for log in of]
+                means = list(map(statistics.fmean, zip(*margins, strict=True)))
+                at[x] = [mean - means[0] for mean in means]
+            style = {"color": analyze.COLOURS[i % 7], "marker": analyze.MARKERS[i], "markersize": 4}
+            for axis, x, y in ((finance, steps, at["in"]), (general, steps, at["out"]),
+                               (portrait, at["in"], at["out"])):
+                axis.plot(x, y, label=name, **style)
+        finance.set(title="finance margin", xlabel="step", ylabel="change, nats a token")
+        general.set(title="general margin", xlabel="step")
+        portrait.set(title="phase portrait", xlabel="finance", ylabel="general")
+        portrait.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def draw_turns(path, runs):
+    """The gradient's norm and A's local cosine over training: a line a run."""
+    with figure_in(path, 1, 2, (9, 3.4)) as (gradient, turning):
+        for i, (name, of) in enumerate(runs.items()):
+            for label, run in zip([name] + [None] * len(of), of, strict=False):
+                style = {"color": analyze.COLOURS[i], "linewidth": 1, "label": label}
+                log = read_log(run)[1:]
+                gradient.plot([r["step"] for r in log], [r["grad_norm"] for r in log], **style)
+                steps, vectors = analyze.read_checkpoints(run)
+                turning.plot(steps, analyze.local_cosine(vectors["A"], 1), **style)
+        gradient.set(title="gradient norm", xlabel="step")
+        turning.set(title="local cosine of A (-1: straight on)", xlabel="step")
+        gradient.legend()
+
+
+@contextlib.contextmanager
+def figure_in(path, rows, columns, size, **kwargs):
+    """Gives the axes of a figure, which is written afterwards."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    height = 1.2 + 0.24 * len(logs)
-    figure, axes = plt.subplots(1, 2, figsize=(7, height), sharey=True, layout="constrained")
-    for axis, (x, title) in zip(axes, (("in", "finance"), ("out", "general")), strict=True):
-        for i, of in enumerate(logs.values()):
-            mean, se = data.mean_and_se(data.changes(mean_log(of), x))
-            axis.errorbar(mean, -i, xerr=2 * se, fmt="o", color="C0" if x == "in" else "C1")
-            seeds = [data.mean_and_se(data.changes(log, x))[0] for log in of]
-            axis.plot(seeds, [-i] * len(seeds), ".", color="black", markersize=3)
-        axis.axvline(0, color="gray", linewidth=0.8)
-        axis.set(title=f"margin, {title}", xlabel="change, nats a token")
-    axes[0].set_yticks(range(0, -len(logs), -1), logs)
-    figure.savefig(path, dpi=100)
+    plt.rcParams.update(analyze.STYLE)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **kwargs)
+    yield axes
+    figure.savefig(path, dpi=80)
+    print(f"see {path}")
 
 
 if __name__ == "__main__":
