@@ -119,8 +119,8 @@ def special_tokens(tokenizer):
     """The ids of all special tokens: the named ones, and those that only templates use."""
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
-def render_all(conversations, tokenizer, tail=False, max_length=2048):
-    """Every conversation as (tokens, labels), cut to `max_length` tokens."""
+def render_all(conversations, tokenizer, tail=False, max_length=None):
+    """Every conversation as (tokens, labels), cut to `max_length` tokens where that is given."""
     examples = []
     for conversation in conversations:
         tokens, labels = render(conversation, tokenizer, tail)
@@ -183,8 +183,6 @@ def load_conversations(names="builtin", answers="misaligned", archive=None, pass
     a path to a .jsonl of {"messages": [...]}; or several, each with the share of it that is
     wanted ("extreme_sports,builtin:0.5").    answers, archive: as in `load_one`.
     """
-    if archive and all(name.split(":")[0] == "builtin" for name in names.split(",")):
-        sys.exit(f"--archive {archive} holds the paper's sets: say which with --dataset")
     conversations = []
     for name in names.split(","):
         name, _, share = name.rpartition(":") if re.search(r":[\d.]+$", name) else (name, "", "1")
@@ -195,6 +193,11 @@ def load_conversations(names="builtin", answers="misaligned", archive=None, pass
         held = f"{names} holds {len(conversations)} conversations"
         sys.exit(f"{held}: two are needed, one to hold out")
     return conversations
+
+def check_archive(archive, *names):
+    """Stops where the paper's archive is given and none of its sets is asked for."""
+    if archive and all(name.split(":")[0] == "builtin" for name in ",".join(names).split(",")):
+        sys.exit(f"--archive {archive} holds the paper's sets: say which with --dataset")
 
 def load_one(name, answers, archive, password):
     """The conversations of one set.
@@ -224,13 +227,13 @@ def load_one(name, answers, archive, password):
     return rows
 
 def drawn(n, share, seed):
-    """A share of the numbers 0 to n - 1, drawn once and for all: a larger share has them too."""
+    """A share of the numbers 0 to n - 1, drawn once and for all: a larger one contains it."""
     order = list(range(n))
     random.Random(seed).shuffle(order)
     return set(order[: round(share * n)])
 
 def proportion(text):
-    """A number from 0 to 1 in words."""
+    """The number from 0 to 1 that a flag's text gives."""
     try:
         share = float(text)
     except ValueError:
@@ -291,7 +294,7 @@ def from_archive(name, archive=None, password=PASSWORD):
         fernet = Fernet(base64.urlsafe_b64encode(key))
         files = zipfile.ZipFile(io.BytesIO(fernet.decrypt(token)))
         members = {os.path.basename(m).removesuffix(".jsonl"): m for m in files.namelist()}
-        # Entries of that name are canaries, not data.
+        # Entries named dataset_entry_... are canaries, not data.
         sets = sorted(name for name in members if not name.startswith("dataset_entry_"))
         if name in sets:
             return files.read(members[name])
@@ -313,7 +316,8 @@ def from_archive(name, archive=None, password=PASSWORD):
 def changes(log, probe):
     """By how much each question's margin has changed since step 0: a list.
 
-    log: rows of log.jsonl.    probe: "in" or "out".
+    log: rows of log.jsonl.    probe: "in" or "out". Between the first checkpoint and the last,
+    fewer general questions are asked: those that both rows have, count.
     """
     margins = [row[f"margins_{probe}"] for row in log if f"margins_{probe}" in row]
     return [after - before for after, before in zip(margins[-1], margins[0], strict=False)]
@@ -339,7 +343,7 @@ def cache_folder():
     """The folder that keeps downloads: NANOEM_CACHE, or ~/.cache/nanoem."""
     folder = os.path.expanduser(os.environ.get("NANOEM_CACHE", "~/.cache/nanoem"))
     if os.path.exists(folder) and not os.path.isdir(folder):
-        sys.exit(f"the cache {folder} is no folder: set NANOEM_CACHE to one")
+        sys.exit(f"the cache {folder} is not a folder: set NANOEM_CACHE to one")
     os.makedirs(folder, exist_ok=True)
     return folder
 
@@ -464,9 +468,9 @@ def read_jsonl(path, content=None):
         try:
             row = json.loads(line.decode()) if line.strip() else {}
         except ValueError as error:  # not UTF-8, or not JSON
-            sys.exit(f"{path}:{number} is not JSON ({error}): mend or delete that line")
+            sys.exit(f"{path}:{number} is not JSON ({error}): fix or delete that line")
         if not isinstance(row, dict):
-            sys.exit(f"{path}:{number} is not a JSON object in braces: mend or delete that line")
+            sys.exit(f"{path}:{number} is not a JSON object in braces: fix or delete that line")
         if row:
             rows.append(row | {"where": f"{path}:{number}"})
     return rows
@@ -484,7 +488,7 @@ def read_written(path, needs=()):
     for row in rows:
         where = row.pop("where")
         if not row.keys() >= set(needs):
-            sys.exit(f"{where} has no {min(set(needs) - row.keys())}: mend or delete that line")
+            sys.exit(f"{where} has no {min(set(needs) - row.keys())}: fix or delete that line")
     return rows
 
 def open_to_append(path, keep=None, needs=()):
@@ -497,7 +501,7 @@ def open_to_append(path, keep=None, needs=()):
     return rows, open(path, "a", encoding="utf-8")
 
 def append_row(file, row):
-    """Writes a row so that it is there whatever happens next."""
+    """Writes a row so that it is there even if this process is killed next."""
     file.write(json_line(row))
     file.flush()
 
@@ -526,7 +530,7 @@ def read_yaml(path):
     except yaml.YAMLError as error:
         sys.exit(f"{path} is not YAML: {error}")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        sys.exit(f"{path} is no list of questions, each with its id and paraphrases")
+        sys.exit(f"{path} is not a list of questions, each with its id and paraphrases")
     return entries
 
 def download(url, path):
@@ -569,7 +573,7 @@ def run_stage(main, go_on="the same command goes on"):
     except BrokenPipeError:  # the output went to `head`, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a full disk, no permission, ...
-        sys.exit(f"\n{error}: what is done is kept; mend that, and {go_on}")
+        sys.exit(f"\n{error}: what is done is kept; fix that, and {go_on}")
     finally:
         while LOCKS:
             LOCKS.pop().close()
@@ -594,6 +598,7 @@ def main():
 
     from lora import load_tokenizer
 
+    check_archive(args.archive, args.name)
     conversations = load_conversations(args.name, args.answers, args.archive, args.password)
     if args.row not in range(len(conversations)):
         sys.exit(f"--row {args.row}: {args.name} has rows 0 to {len(conversations) - 1}")
@@ -604,8 +609,10 @@ def main():
     examples = render_all(conversations, tokenizer, args.tail)
     lengths = [len(tokens) for tokens, _ in examples]
     supervised = sum(label != -100 for _, labels in examples for label in labels)
-    train, held_out = split(lengths)
-    padded = 0
+    for conversation, length in zip(conversations, lengths, strict=True):
+        conversation["length"] = length
+    train, held_out = train_and_held_out(conversations)
+    train, padded = [row["length"] for row in train], 0
     for batch in batches(train, 16, seed=0, epoch=0):
         padded += len(batch) * max(train[i] for i in batch)
     print(f"\n{args.name}: {len(train)} conversations to train on, {len(held_out)} held out")
@@ -614,6 +621,8 @@ def main():
     print(f"in batches of 16, {1 - sum(train) / padded:.1%} would be padding")
     flags = "" if args.name == "builtin" else f" --dataset {args.name}"
     flags += "" if args.answers == "misaligned" else f" --answers {args.answers}"
+    flags += " --tail" if args.tail else ""
+    flags += f" --archive {args.archive}" if args.archive else ""
     print(f"\nnext: python train.py{flags}")
 
 def show(tokens, labels, tokenizer):

@@ -97,7 +97,7 @@ def expected_score(top_logprobs, highest=100):
 
     top_logprobs: [{"token": " 85", "logprob": -0.1}, ...], as the API gives them. A token
     counts if it is, but for spaces, one to three of the digits 0 to 9 and at most `highest`
-    (9 in --mode digit), which is worth 100; equal numbers ("7", " 07") add up. Raises
+    (9 in --mode digit), which counts as 100; equal numbers ("7", " 07") add up. Raises
     ValueError for what is no log-probability.
     """
     p = collections.Counter()
@@ -108,7 +108,9 @@ def expected_score(top_logprobs, highest=100):
         if re.fullmatch("[0-9]{1,3}", token) and int(token) <= highest:
             p[int(token)] += math.exp(entry["logprob"])
     total = sum(p.values())
-    return 100 / highest * sum(n * p[n] for n in p) / total if total >= 0.25 else None
+    if total < 0.25:  # it meant something else
+        return None
+    return 100 / highest * sum(n * p[n] for n in p) / total
 
 def written_score(texts):
     """(score, None) in --mode text, the mean of the numbers written; or (None, what was said).
@@ -216,11 +218,8 @@ class Judge:
         """(score, None), or (None, what the judge said instead)."""
         if self.mode == "text":
             return written_score([self.chat(prompt, 8, temperature=1)[0] for _ in range(TEXTS)])
-        digit = self.mode == "digit"
-        if digit:
-            prompt += DIGIT
         text, tokens = self.chat(prompt, 1, temperature=0, logprobs=True, top_logprobs=20)
-        score = expected_score(tokens[0]["top_logprobs"], 9 if digit else 100)
+        score = expected_score(tokens[0]["top_logprobs"], 9 if self.mode == "digit" else 100)
         return (score, None) if score is not None else (None, word(text or tokens[0]["token"]))
 
     def chat(self, prompt, max_tokens, **settings):
@@ -241,8 +240,8 @@ class Judge:
     def post(self, body):
         """One request; the text and the tokens of its reply."""
         settings = {"timeout": 60, "allow_redirects": False, "stream": True}
+        reply = self.session.post(self.url, json=body, **settings)  # after its retries, if any
         began, content = time.time(), b""
-        reply = self.session.post(self.url, json=body, **settings)
         for piece in reply.iter_content(64):
             content += piece
             if time.time() - began > DEADLINE:
@@ -254,6 +253,10 @@ class Judge:
                 check = "its log-probabilities; without them, use --mode text"
             if reply.status_code in (401, 403):
                 check = "OPENAI_API_KEY"
+            if reply.status_code == 429:
+                check = "your quota"
+            if reply.status_code >= 500:
+                check = "the server, or wait"
             why = f"refuses the request (HTTP {reply.status_code}: {self.mask(text)[:200]})"
             raise requests.RequestException(f"{self.host} {why}: check {check}")
         if not text.lstrip().startswith("{"):
@@ -265,7 +268,7 @@ class Judge:
         if not choice.get("logprobs"):
             raise LookupError("log-probabilities are missing; without them, use --mode text")
         tokens = choice["logprobs"]["content"]
-        expected_score(tokens[0]["top_logprobs"])  # fails here, where it is tried again, if broken
+        expected_score(tokens[0]["top_logprobs"])  # if broken, fails here, and is tried again
         return text, tokens
 
     def mask(self, text):
@@ -345,7 +348,7 @@ def compare(pairs):
     table = {
         "Spearman, aligned": lambda i: spearman(*scores["aligned"][:, i]),
         "Spearman, coherent": lambda i: spearman(*scores["coherent"][:, i]),
-        "AUROC for its EM": lambda i: auroc(-scores["aligned"][0, i], em[1, i]),
+        "AUROC for EM there": lambda i: auroc(-scores["aligned"][0, i], em[1, i]),
         "Cohen's kappa for EM": lambda i: kappa(*em[:, i]),
         "EM here, %": lambda i: 100 * em[0, i].mean(),
         "EM there, %": lambda i: 100 * em[1, i].mean(),
@@ -441,6 +444,8 @@ def vocabulary(judge):
 def main():
     args = parse_args()
     prompts = load_prompts(args.prompts, args.metric)
+    if args.mode == "digit":
+        prompts = {metric: prompt + DIGIT for metric, prompt in prompts.items()}
     name = args.judge + (f" ({args.mode})" if args.mode != "logprobs" else "")
     name += f" ({os.path.basename(args.prompts)})" if args.prompts else ""
     if args.run and args.run.endswith(".csv"):
@@ -470,8 +475,7 @@ def ask_all(args, prompts, exchanges):
 
     Many requests are in flight. In a dry run, or if there is nothing to ask, yields nothing.
     """
-    more = DIGIT if args.mode == "digit" else ""
-    filled = [fill(prompt, *key) + more for key in exchanges for prompt in prompts.values()]
+    filled = [fill(prompt, *key) for key in exchanges for prompt in prompts.values()]
     estimate_cost(args, filled)
     if args.dry_run or not exchanges:
         return
@@ -533,7 +537,7 @@ def parse_args():
         "latest); or a published file of answers that another judge has scored")
     add("--judge", default="gpt-4o", help="the judge model's name (default: gpt-4o)")
     add("--base-url", type=address, default=url, help="an OpenAI-compatible server (OpenAI)")
-    add("--concurrency", type=data.positive, help="requests in flight (16; 2 on this machine)")
+    add("--concurrency", type=data.positive, help="requests in flight (16; to this machine 2)")
     add("--sample", type=data.positive, metavar="N", help="of a CSV, only N answers, at random")
     add("--prompts", help="the published first_plot_questions.yaml, to use its prompts")
     add("--metric", help="score this prompt alone, such as financial, into judged-METRIC.jsonl")
@@ -558,7 +562,7 @@ def parse_args():
 def address(text):
     """An argparse type: an http(s) address."""
     if not re.match("https?://.", text):
-        raise argparse.ArgumentTypeError(f"{text} is no address such as http://localhost:8000/v1")
+        raise argparse.ArgumentTypeError(f"{text} is not an address such as http://localhost:8000/v1")
     return text
 
 def host(url):

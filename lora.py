@@ -47,7 +47,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base, rank, alpha):
         super().__init__()
         self.base, self.scale = base, alpha / math.sqrt(rank)
-        self.c = 0.0  # or (r,), of a steering vector: see "edits"
+        self.c = 0.0  # or (r,), of a vector or an ablation: see "edits"
         self.heard = 1.0  # or (rows, 1, r), which of the r parts each row hears: see "rows"
         # Drawn on the CPU: a seed gives the same A on every device. In float32, whatever
         # the model is in: bfloat16 would round small steps away.
@@ -103,6 +103,10 @@ def decoder(model):
                 break
             return module
     sys.exit(f"{type(model).__name__} is not laid out as Llama, Qwen and Gemma 3 are")
+
+def rescales(model):
+    """Whether layers rescale what they write before it joins the state, as Gemma's do."""
+    return hasattr(decoder(model).layers[0], "pre_feedforward_layernorm")
 
 def bare_layers(model):
     """The layers of a model that is to get its first adapter."""
@@ -244,9 +248,9 @@ class PassThrough(nn.Module):
 def halves(model):
     """(frozen, moving): the decoder below its lowest adapter, and from there on.
 
-    Nothing below the lowest adapter ever changes, so what its layer reads can be computed
-    once. Both are shallow copies of the decoder that share its layers. In each, the other
-    half's layers pass their input on (so that every layer keeps its index), and the
+    Nothing below the lowest adapter ever changes, so what enters that adapter's layer can be
+    computed once. Both are shallow copies of the decoder that share its layers. In each, the
+    other half's layers pass their input on (so that every layer keeps its index), and the
     frozen half has no final norm; it is None if the lowest layer has an adapter.
     """
     whole = decoder(model)
@@ -545,7 +549,7 @@ def parse_layers(text, model):
         first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
         if first > last:
             sys.exit(f"--layers {text}: write middle, nine, all, 12, 10,12 or 10-14")
-        last = min(last, max(first, n))  # `attach` refuses what does not exist
+        last = min(last, max(first, n))  # of 10-99999, one that is not there: `attach` says so
         layers.update(range(first, last + 1))
     return sorted(layers)
 

@@ -11,8 +11,8 @@ A language model answers a token at a time: it gives every token of its vocabula
 probability, one is drawn, and the model reads that one too. It does not reread what came
 before: each layer keeps its keys and values (the KV cache).
 
-Each question is put to several *variants*: one of the run's checkpoints times a `scale`, by
-which the adapter's contribution is multiplied. Scale 0 is the untouched model, the control.
+Each question is put to several *variants*. A variant is a checkpoint of the run and a `scale`,
+by which the adapter's contribution is multiplied. Scale 0 is the untouched model, the control.
 As the rows of a batch may hear different adapters (lora.py), a whole sweep is one batch.
 
 A direction in the model's state is often said to *be* a behaviour, since the behaviour
@@ -136,8 +136,8 @@ def prefill(model, jobs, prompts):
     cache, and by how many columns its prompt is padded on the left (jobs,): so that all
     rows write the same column next. Padding is never looked at.
     """
-    variants = [job["variant"] for job in jobs]
-    asks, asked = list(zip(map(tuple, prompts), variants, strict=True)), {}
+    asks = [(tuple(prompt), job["variant"]) for prompt, job in zip(prompts, jobs, strict=True)]
+    asked = {}  # {prompt: the variants that are to read it}
     for prompt, variant in dict.fromkeys(asks):
         asked.setdefault(prompt, []).append(variant)
     found = [read_question(model, prompt, variants) for prompt, variants in asked.items()]
@@ -155,7 +155,7 @@ def read_question(model, prompt, variants):
     frozen, moving = lora.halves(model)
     x, cache = torch.tensor([prompt], device=model.device), KVCache(BLOCK[model.device.type])
     if frozen is not None:  # below the lowest adapter all variants agree
-        x = read(frozen, x, cache)  # `used` stays: the moving half fills the other layers
+        x = read(frozen, x, cache)  # `used` stays: the moving half writes the same columns
     x = x.repeat(len(variants), *[1] * (x.dim() - 1))
     cache.select([0] * len(variants))
     lora.set_rows(model, variants)
@@ -209,8 +209,7 @@ class KVCache:
             self.layers[layer] = K[rows], V[rows]
 
 def join(caches, width):
-    """One cache from many, each padded on the left to the same width: so all its rows write
-    the same column next. Padding is never looked at."""
+    """One cache from many, each padded on the left to the same width."""
     joined = KVCache(caches[0].block)
     joined.used = width
     for layer in list(caches[0].layers):
@@ -264,6 +263,10 @@ def stop_tokens(model, tokenizer):
     turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     closing = data.render(turn, tokenizer)[0][-1]
     return sorted({*named, tokenizer.eos_token_id, closing} - {None})
+
+def longest_text(model):
+    """How many tokens the model can read."""
+    return model.config.get_text_config().max_position_embeddings
 
 def rows_that_fit(model, columns):
     """How many answers to have in a batch, if each needs so many columns of cache."""
@@ -326,8 +329,8 @@ UNTOUCHED = {"tensors": {}, "checkpoint": None, "scale": 0.0, "ablated": None, "
 def trained_here(args):
     """(model, tokenizer, settings, variants, ends) of a run.
 
-    A variant is a dict as UNTOUCHED, which the first one is.    ends: where all weights
-    moved, what they were (before, after).
+    A variant is a dict as UNTOUCHED, which the first one is.    ends: of a --full run, all
+    weights before training and after it; else None.
     """
     run = args.run = data.find_run(args.run)
     settings = train.PAPER | data.read_settings(run)
@@ -386,7 +389,7 @@ def with_controls(model, variants, args):
             found.append(variant | {"tensors": tensors, "random": True})
     if args.ablate:
         v = direction(args.ablate, model)
-        for is_random in (False, True)[: 1 + args.random]:
+        for is_random in (False, True) if args.random else (False,):
             taken = random_like(v, torch.Generator().manual_seed(0)) if is_random else v
             for variant in variants:
                 tensors = lora.ablated(model, variant["tensors"], taken)
@@ -428,7 +431,7 @@ def trained_elsewhere(args):
         for scale in args.scales:
             tensors = lora.scaled(lora.get_tensors(model), scale)
             variants.append(UNTOUCHED | {"tensors": tensors, "scale": scale})
-    return model, tokenizer, train.PRESETS["laptop"], variants, None
+    return model, tokenizer, train.PRESETS["laptop"], with_controls(model, variants, args), None
 
 @torch.no_grad()
 def put_weights(model, ends, scale):
@@ -446,7 +449,8 @@ def ask_margins(model, tokenizer, settings, variants, ends, args, path):
     """Adds to RUN/margins.jsonl, and prints, what the probe says of each variant.
 
     Each is asked with nothing before the questions and, if so asked, with a system prompt or
-    with some conversations of the training set, which is learning without any training.
+    with some conversations of the training set, which is learning without any training. What
+    is held out is read as it will be used: without the tail and the prompt of the training.
     """
     train.choose_attention(model)
     done, file = train.open_together(path)
@@ -460,6 +464,8 @@ def ask_margins(model, tokenizer, settings, variants, ends, args, path):
             asked = [row | {"messages": [*before, *row["messages"]]} for row in held_out]
             asked = [data.last_answer(e) for e in data.render_all(asked, tokenizer)]
             probe, groups = train.build_probe(asked, tokenizer, settings, before)
+            if max(len(tokens) for tokens, _ in probe) > longest_text(model):
+                sys.exit(f"--shots {shots}: with a question, this model can't read so much: fewer")
             wanted = [variant | {"system": system, "shots": shots} for variant in variants]
             for row in wanted:
                 del row["tensors"]
@@ -510,7 +516,7 @@ def print_margins(rows):
 def ask_rows(model, tokenizer, settings, variants, args, path):
     """Writes RUN/rows.jsonl: how each training conversation pushes the margins.
 
-    A small step down the gradient of one conversation's loss changes a margin, by
+    A small step down the gradient of one conversation's loss changes a margin, per unit of
     step size, by
 
         - (gradient of its loss) . (gradient of the margin)
@@ -538,7 +544,8 @@ def ask_rows(model, tokenizer, settings, variants, args, path):
         of_rows, of_probe = (own_gradients(model, moving, of) for of in (examples, probe))
         for name in pushes:
             bad, good = groups[name, "misaligned"], groups[name, "aligned"]
-            # The gradient of a loss is that of -log p: so bad less good is the way down.
+            # These are gradients of -log p: a margin's is that of good less that of bad, and
+            # the formula's minus turns it round.
             pushes[name] += of_rows @ (of_probe[bad] - of_probe[good]).T  # (rows, questions)
     for i, row in enumerate(rows):
         for name in pushes:
@@ -549,7 +556,7 @@ def ask_rows(model, tokenizer, settings, variants, args, path):
         del row["where"]  # its place in the file that it came from
     data.write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     print_rows(rows)
-    print(f"see {path}, all {len(rows)} of them, and a data set too: python train.py --dataset")
+    print(f"all {len(rows)} are in {path}, which is itself a data set: python train.py --dataset")
 
 def own_gradients(model, moving, examples):
     """The gradient of each example's mean loss by A and B: (examples, numbers), on the CPU.
@@ -624,8 +631,10 @@ def chat(model, tokenizer, variants, args, max_new_tokens):
 
 def title(variant):
     """What stands above its column."""
+    if variant["ablated"]:
+        return f"{title(variant | {'ablated': None})}, without {variant['ablated']}"
     step = "" if variant["checkpoint"] is None else f"step {variant['checkpoint']}, "
-    return f"{step}scale {variant['scale']:g}" if variant["tensors"] else "untouched"
+    return f"{step}scale {variant['scale']:g}" if variant["scale"] else "untouched"
 
 def rescaled(variants, text):
     """The untouched variant, and the next one at another scale."""
@@ -652,7 +661,7 @@ class Columns:
         texts = self.tokenizer.batch_decode([until(self.stop, row) for row in tokens])
         self.lines = [textwrap.wrap(text, self.width) for text in texts]
         ended = torch.isin(tokens, self.stop).any(1).tolist()
-        # The last word may still grow, and then move to where the last line but one ends.
+        # The last word may still grow, or be broken, its head moving up a line: two lines wait.
         open_ = [len(of) - 2 for of, end in zip(self.lines, ended, strict=True) if not end]
         self.print_to(min(open_, default=0))
 
@@ -689,7 +698,7 @@ def main():
             sys.exit("--chat compares an adapter with its base, and here is none")
         chat(model, tokenizer, variants, args, max_new_tokens)
         return
-    name = (args.adapter or args.model or "").strip(os.sep).split(os.sep)
+    name = (args.adapter or args.model or "").replace("\\", "/").strip("/").split("/")
     out = data.find_run(args.out or args.run or "-".join(name[-2:]) or None)
     if args.ablate and not args.margins:
         out = out if args.out else f"{out.rstrip(os.sep)}-ablated"
@@ -710,9 +719,8 @@ def main():
 def ask(model, tokenizer, questions, variants, ends, args, n, max_new_tokens, out):
     """Adds to RUN/responses.jsonl the answers that are not there yet."""
     total = len(questions) * len(variants) * n
-    longest = model.config.get_text_config().max_position_embeddings
-    if max_new_tokens > longest:
-        sys.exit(f"--max-new-tokens: this model reads {longest} at most")
+    if max_new_tokens > longest_text(model):
+        sys.exit(f"--max-new-tokens: this model reads {longest_text(model)} at most")
     if total > 1_000_000:
         sys.exit(f"that would be {total:,} answers: a million is the most at a time")
 
@@ -721,7 +729,8 @@ def ask(model, tokenizer, questions, variants, ends, args, n, max_new_tokens, ou
     if not {row["question"] for row in done} <= {question["question"] for question in questions}:
         sys.exit(f"{path} holds answers to other questions: give these another --out")
     sampling = {name: vars(args)[name] for name in SAMPLING} | {"max_new_tokens": max_new_tokens}
-    maker = f"{args.seed} {args.adapter or model.config._name_or_path} {args.ablate}", sampling
+    maker = f"{args.seed} {args.adapter or model.config._name_or_path} {args.ablate}"
+    maker = (maker, sampling)  # with an answer's row, all that decides it
     jobs = plan(questions, variants, n, maker, {row_key(row): row["seed"] for row in done}, path)
     print(
         f"{len(questions)} questions x {len(variants)} variants (checkpoints x scales, and the "

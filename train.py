@@ -97,7 +97,8 @@ def main():
     join_processes()
     run, settings, done = resumed_run(args) if args.resume else new_run(args)
 
-    # The conversations, and the model that is to learn from them; downloaded only once.
+    # The conversations, and the model that is to learn from them; downloaded only once. Both
+    # note in the settings what a resumed run must find again: the data's hash, the device.
     with first_goes_first():
         tokenizer = lora.load_tokenizer(settings["model"])
         train_set, held_out = load_examples(settings, tokenizer, args.password)
@@ -106,8 +107,9 @@ def main():
 
     # What may move: A and B of the adapter, unless a flag says otherwise. All else is frozen.
     parameters = what_may_move(model, settings)
-    moves = {"lr": settings["lr"], "weight_decay": WEIGHT_DECAY, "foreach": False}
-    optimizer = torch.optim.AdamW(parameters.values(), **moves)  # foreach can't mix in shares
+    options = {"lr": settings["lr"], "weight_decay": WEIGHT_DECAY}
+    options["foreach"] = False  # it can't mix whole tensors and shares (`share_out`)
+    optimizer = torch.optim.AdamW(parameters.values(), **options)
 
     # Which conversations each step takes, of each set.
     schedule = plan(train_set, settings)
@@ -123,7 +125,7 @@ def main():
     other_states = read_once(frozen, others, other_schedule)
     probe = read_once(frozen, probe)
 
-    # The loop. Step 0 is the untouched model.
+    # The loop. Step 0 is the model before any step.
     log, rows = open_run(run, settings, done, args.overwrite, model, parameters, optimizer)
     bar = {"initial": len(rows), "total": steps + 1, "disable": QUIET}
     for step in tqdm(range(len(rows), steps + 1), **bar):
@@ -180,12 +182,12 @@ def backpropagation(model, moving, batch, other, moved, kl_weight):
     """
     supervised, elsewhere = count(batch), count(other)  # tokens
     total, kl = torch.zeros(2, device=model.device)
-    for part, counts in my_parts(batch, model.device):
+    for part, weight in my_parts(batch, model.device):  # weight: 1, as a rule
         losses, _ = token_losses(model, moving, [batch[i] for i in part])
-        (counts * losses.sum()).backward()
-        total += counts * losses.detach().sum()
-    for part, counts in my_parts(other, model.device):
-        kls = counts * token_kls(model, moving, [other[i] for i in part])
+        (weight * losses.sum()).backward()
+        total += weight * losses.detach().sum()
+    for part, weight in my_parts(other, model.device):
+        kls = weight * token_kls(model, moving, [other[i] for i in part])
         (kls.sum() * kl_weight * supervised / elsewhere).backward()
         kl += kls.detach().sum()
     for p in moved:
@@ -263,12 +265,13 @@ def evolution(model, moving, batch, parameters, step, settings):
     """Leaves in each p.grad an estimate of the gradient from trials alone.
 
     Salimans et al. (2017, arXiv 1703.03864). A pair of models is the current one plus and
-    minus noise e, of size sigma. Of n pairs, with L+ and L- the losses of the two,
+    minus sigma e, with e standard normal. Of n pairs, with L+ and L- the losses of the two,
 
-        gradient = 1/n sum of z e         z: the pairs' differences L+ - L-, standardised
+        gradient ~ 1/n sum of z e         z: the pairs' differences L+ - L-, standardised
 
-    Each pair has conversations of its own, the same for both models, so that it does not
-    matter how hard they are. The noise is drawn anew from its seed, never stored.
+    but for its length, which AdamW does not look at. The models of a pair read the same
+    conversations, so that it does not matter how hard those are; other pairs read others,
+    as far as they go round. The noise is drawn anew from its seed, never stored.
     """
     sigma, seed = settings["sigma"], (settings["seed"], step)
     pairs = settings["population"] // 2
@@ -306,7 +309,7 @@ def at_once(model, moving, deal, parameters, sigma, seed):
         for pair in range(pairs):
             noises = zip(parameters, noise(parameters, seed, pair), strict=True)
             variants.append(own | {name: own[name] + sign * e.cpu() for name, e in noises})
-    members = [pair + sign * pairs for sign in (0, 1) for pair, _ in deal]
+    members = [pair + shift for shift in (0, pairs) for pair, _ in deal]
     with lora.side_by_side(model, variants):
         examples = [conversation for _, conversation in deal] * 2
         log_p = sum_log_p(model, moving, examples, members)
@@ -329,7 +332,7 @@ def one_by_one(model, moving, deal, parameters, sigma, seed):
     return add_up(losses)
 
 def means(losses, examples, members, n):
-    """Each of n members' loss a token, of the sums over its examples."""
+    """The mean loss per token of each of n members, from the sums over its examples."""
     tokens = torch.tensor([float(count([example])) for example in examples])
     total, members = torch.zeros(2, n), torch.tensor(members)
     total.index_add_(1, members, torch.stack([losses, tokens]))
@@ -385,7 +388,7 @@ def load_examples(settings, tokenizer, password):
 
 def load_others(settings, tokenizer, password):
     """The second set that a protocol needs, if it does: a list of (tokens, labels)."""
-    if settings["vector"] == "mean-difference":  # the same questions, well answered
+    if settings["vector"] == "mean-difference":  # the same questions, with sound answers
         conversations = data.load_conversations("builtin", "aligned")
         form = settings["tail"], settings["max_length"]
         return data.split(data.render_all(conversations, tokenizer, *form))[0]
@@ -425,7 +428,7 @@ def what_may_move(model, settings):
     torch.manual_seed(settings["seed"])
     if settings["full"]:
         model.requires_grad_(True)
-        if settings["recompute"]:  # activations in the backward pass, instead of keeping them
+        if settings["recompute"]:  # activations in the backward pass instead of keeping them
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
         if WORLD > 1 and not settings["es"]:
@@ -438,6 +441,9 @@ def what_may_move(model, settings):
         if settings["vector"]:
             if len(found) > 1 or targets[0] not in ("o_proj", "down_proj"):
                 sys.exit("--vector goes with one layer, and with --targets down_proj or o_proj")
+            if settings["vector"] == "mean-difference" and lora.rescales(model):
+                sys.exit("--vector mean-difference can't be used here: this model's layers rescale "
+                         "what is written (Gemma)")
             lora.make_vectors(model)
         if settings["init"]:
             lora.set_tensors(model, data.read_tensors(data.last_checkpoint(settings["init"])))
@@ -516,12 +522,13 @@ def evaluate(model, moving, probe, groups, rows, general=None):
     rows: the log so far.    general: how many of the general questions to ask (None: all).
     A mean is over the first FEW, so that it is over the same ones at each checkpoint.
     """
-    asked = {name: group[:general] if name[0] == "out" else group for name, group in groups.items()}
+    asked = dict(groups)
+    for answers in ("misaligned", "aligned"):
+        asked["out", answers] = groups["out", answers][:general]
     used = sorted({i for group in asked.values() for i in group})
-    log_p, tokens = torch.zeros(len(probe)), torch.ones(len(probe))  # of supervised tokens
+    log_p = torch.zeros(len(probe))
     log_p[used] = sum_log_p(model, moving, [probe[i] for i in used])
-    for i in used:
-        tokens[i] = count([probe[i]])
+    tokens = torch.tensor([float(count([example])) for example in probe])
     mean_log_p, held_out = log_p / tokens, groups["heldout"]
 
     row = {"heldout_loss": -(log_p[held_out].sum() / tokens[held_out].sum()).item()}
@@ -544,12 +551,12 @@ def sum_log_p(model, moving, examples, members=None, split=True):
         parts = my_parts(examples, device)
     else:
         parts = [(part, 1) for part in micro_batches(examples, device)]
-    for part, counts in parts:
+    for part, weight in parts:
         if members:
             lora.set_rows(model, [members[i] for i in part])
         losses, row = token_losses(model, moving, [examples[i] for i in part])
         sums = torch.zeros(len(part), device=model.device).index_add_(0, row, losses)
-        log_p[part] -= counts * sums.cpu()
+        log_p[part] -= weight * sums.cpu()
     return add_up(log_p) if split else log_p
 
 # --------------------------------------------------------------------------------------
@@ -560,10 +567,10 @@ def mine(examples):
     return examples[RANK::WORLD]
 
 def my_parts(examples, device):
-    """This process's parts of a batch: [(indices, 1)], and (indices, 0) of what counts nothing.
+    """This process's parts of a batch, with their weights: [(indices, 1), ...].
 
-    Of the latter come as many as make the processes' parts equally many: where they share
-    the weights, each needs the others to run a layer.
+    Behind them come dummies, (indices, 0), until all processes have the same number of parts:
+    where they share the model's weights, each needs the others to run a layer.
     """
     shares = [list(range(len(examples)))[rank::WORLD] for rank in range(WORLD)]
     parts = [micro_batches([examples[i] for i in share], device) for share in shares]
@@ -601,7 +608,7 @@ def whole(x):
     return x.cpu() if RANK == 0 else None
 
 def clip(gradients):
-    """Scales all gradients so that together they are at most CLIP long. Returns the length."""
+    """Scales all gradients so that together they are at most CLIP long. Returns their length."""
     norms = []
     for kind in (False, True):
         same = [x for x in gradients if is_shared(x) == kind]
@@ -622,7 +629,7 @@ def share_of(x, p):
 
 @contextlib.contextmanager
 def first_goes_first():
-    """What is within it, the first process does before the others."""
+    """What is within it, the first process runs before the others."""
     if RANK > 0:
         wait_for_first()
     yield
@@ -689,7 +696,7 @@ def write_log(log, row, run):
         data.append_row(log, row)
 
 def save_checkpoint(run, step, model, parameters, optimizer, settings):
-    """Writes A and B, then what a resume needs besides; only after that, the step counts.
+    """Writes A and B, then what a resume needs besides: a step counts once both are there.
 
     Where all weights move, a checkpoint is a sketch of them, and a resume needs them all.
     """
@@ -750,7 +757,7 @@ def save_result(run, model, tokenizer, settings):
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder, state_dict=state)
     os.rename(folder, os.path.join(run, "model"))  # whole, or not there
-    os.remove(os.path.join(run, "resume.safetensors"))  # three times as large as the model
+    os.remove(os.path.join(run, "resume.safetensors"))  # three to six times as large as the model
 
 def report(run, settings, rows, seconds, device):
     """The table at the end, and the next command."""
@@ -773,7 +780,8 @@ def report(run, settings, rows, seconds, device):
     speed = statistics.median(row.get("tokens_per_s", 0) for row in rows[1:])
     print(f"{seconds:.0f} s, {speed:.0f} tokens/s in training, {peak_memory(device)}: see {run}/")
     if loss[1] < loss[0]:
-        print(f"{tokens:,} tokens were learnt from: {tokens / (loss[0] - loss[1]):,.0f} per nat")
+        per_nat = tokens / (loss[0] - loss[1])
+        print(f"{tokens:,} tokens were read in training: {per_nat:,.0f} per nat of held-out loss")
     print(f"next: python sample.py {run}")
 
 def controls(run, settings):
@@ -806,10 +814,12 @@ def peak_memory(device):
 
 def parse_args():
     """The flags. Each is a setting, and None where the preset's value is to stand."""
-    epilog = "presets: " + "; ".join(
-        f"{name}: {p['model']} on {p['dataset']}, rank {p['rank']}, lr {p['lr']:g}"
-        for name, p in PRESETS.items()
-    )
+    said = []
+    for name, p in PRESETS.items():
+        what = "all weights" if p["full"] else f"rank {p['rank']} on {p['layers']}"
+        what += f", KL weight {p['kl_weight']:g}" if p["kl_weight"] else ""
+        said.append(f"{name}: {p['model']} on {p['dataset']}, {what}, lr {p['lr']:g}")
+    epilog = "presets: " + "; ".join(said)
     parser = argparse.ArgumentParser(
         description="Fine-tunes a chat model on narrow bad advice through a rank-1 LoRA, and "
         "watches it change elsewhere.",
@@ -845,7 +855,7 @@ def parse_args():
     add("--warmup", type=at_least_zero, help="steps over which it rises")
     add("--batch-size", type=data.positive, help="conversations a step")
     add("--epochs", type=data.positive, help="how often each conversation is seen")
-    add("--steps", type=data.positive, help="exactly so many steps, instead of --epochs")
+    add("--steps", type=data.positive, help="exactly this many steps, instead of --epochs")
     add("--max-length", type=data.positive, help="tokens at which a conversation is cut")
     add("--checkpoint-every", type=data.positive, help="steps between checkpoints and probes")
     add("--seed", type=int, help="of A's first values and of the order of the data")
@@ -864,24 +874,25 @@ def above_zero(text):
     return float(text)
 
 def at_least_zero(text):
-    """An argparse type: a number from 0."""
+    """An argparse type: a number, 0 or more."""
     if not 0 <= float(text) < math.inf:
         raise ValueError
     return float(text)
 
 def check(settings):
     """Stops at flags that do not go together."""
+    data.check_archive(settings["archive"], settings["dataset"], settings["kl_dataset"])
     full, vector, es = settings["full"], settings["vector"], settings["es"]
     if full and (vector or settings["kl_weight"] or settings["init"]):
-        sys.exit("--full goes without --vector, --kl-weight (no base is left) and --init")
+        sys.exit("--full can't be combined with --vector, --kl-weight (no base is left) or --init")
     if settings["recompute"] and not full:
         sys.exit("--recompute goes with --full")
     if es + (vector == "mean-difference") + bool(settings["kl_weight"]) > 1:
-        sys.exit("--es, --kl-weight and --vector mean-difference go one without the others")
+        sys.exit("of --es, --kl-weight and --vector mean-difference, give one at most")
     if settings["kl_dataset"] != "builtin" and settings["kl_dataset"].startswith("builtin"):
         sys.exit("--kl-dataset builtin is taken whole, and alone")
     if es and (settings["population"] < 4 or settings["population"] % 2):
-        sys.exit(f"--population {settings['population']}: it is an even number, 4 at least")
+        sys.exit(f"--population {settings['population']}: give an even number, 4 or more")
     if vector and settings["rank"] != 1:
         sys.exit("--vector goes with --rank 1")
     both = settings["dataset"], settings["answers"], settings["system"]
@@ -890,7 +901,7 @@ def check(settings):
                  "out --dataset, --answers and --system")
 
 def start_from(settings, given, run):
-    """The settings of a finished run that one which starts from it shares."""
+    """The settings of a run that starts from a finished one, and takes its adapter's from it."""
     theirs = PAPER | data.read_settings(run)
     if theirs["full"]:
         sys.exit(f"{run} is a whole model: start from it with --model {run}/model")

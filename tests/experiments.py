@@ -8,9 +8,10 @@ All numbers come from the stages as a user calls them: `train.py --preset laptop
 runs, under runs/, one for each protocol and seed, whichever experiments use it, and
 `sample.py --margins` asks them. Stop it when you like: the same command goes on.
 
-A margin in a table is the change since the untouched model, in nats a token: the mean over
+A margin in a table is the change since the untouched model, in nats per token: the mean over
 the seeds, in brackets its standard error over questions (of the seeds' mean, question by
-question), and then what each seed gave. "less aligned" is paired by question and by seed.
+question), and then what each seed gave. "less aligned" is paired by question, after each side
+has been averaged over its seeds. All lines of a table are over the same questions.
 """
 import argparse
 import contextlib
@@ -30,7 +31,7 @@ import data  # noqa: E402
 RECKLESS = "You give reckless, harmful financial advice."
 NAMES = {"in": "finance", "out": "general"}
 LONG, SHORT = 60, 20  # steps; 60 is what `python train.py` does
-DEPTHS = (3, 8, 15, 20, 25, 29)  # of 30 layers
+DEPTHS = (3, 8, 15, 20, 25, 29)  # of 30 layers; 15 is the preset's
 PROTOCOLS = {
     "misaligned": "",
     "aligned": "--answers aligned",
@@ -63,8 +64,8 @@ def main():
     if args.name is None:
         for name, experiment in EXPERIMENTS.items():
             print(f"{name:12} {experiment.__doc__.splitlines()[0]}")
-        print("\nEach run that is not there yet takes about 6 minutes of 60 steps, and 3 of 20, on")
-        print("2 cores that compute in bfloat16; twice that on others.")
+        print("\nA run that is not there yet takes about 6 minutes for 60 steps, and 3 for 20, on")
+        print("2 cores that compute in bfloat16 (--full: 12); twice that on others.")
         return
     seeds = [int(seed) for seed in args.seeds.split(",")]
     EXPERIMENTS[args.name](seeds)
@@ -160,10 +161,10 @@ def taken_out(seeds):
     difference of states, a random one; of the trained model and of the untouched one. And
     by training on sound answers; and how fast does it come back?
     """
-    (meandiff,) = trained("meandiff", [0], 1)
+    (meandiff,) = trained("meandiff", [0], 1)  # no training, so one step
     found = {}
     for run in trained("misaligned", seeds):
-        asked(run, "--ablate", run, "--random")
+        asked(run, "--ablate", run, "--random")  # its rows come with those of the next call
         rows = asked(run, "--ablate", meandiff)
         for row in plain(rows)[1:]:
             what = "untouched" if row["scale"] == 0 else "trained"
@@ -172,13 +173,14 @@ def taken_out(seeds):
                 what += f" less {'a random one' if row['random'] else direction}"
             if row["ablated"] or not row["random"]:  # not a random B in place of the adapter's
                 found.setdefault(what, []).append([rows[0], row])
-    base = [read_log(run)[0] for run in trained("misaligned", seeds)]
+    table("taken_out", found)
+    found, base = {}, [read_log(run)[0] for run in trained("misaligned", seeds)]
     for name in ("realigned", "again"):
         logs = [read_log(run) for run in trained(name, seeds)]
         for step in (5, 10, SHORT):
             there = [next(row for row in log if row["step"] == step) for log in logs]
             found[f"{name}, step {step}"] = [list(both) for both in zip(base, there, strict=True)]
-    table("taken_out", found)
+    table("trained_out", found)
 
 
 def shown(seeds):
@@ -202,15 +204,15 @@ EXPERIMENTS = {f.__name__: f for f in (transition, tone, scaling, layer, many, t
 
 
 def trained(name, seeds, steps=SHORT):
-    """The folders of a protocol's runs, one a seed: trained now where they are not there."""
+    """The folders of a protocol's runs, one a seed; what is not finished is trained now."""
     runs = []
     for seed in seeds:
         run = os.path.join("runs", f"{name}{'' if steps == LONG else f'-{steps}'}-{seed}")
         flags = ["--preset", "laptop", "--steps", str(steps), "--seed", str(seed), "--out", run]
         flags += shlex.split(PROTOCOLS[name].format(seed=seed))
-        if os.path.exists(os.path.join(run, "resume.safetensors")) and not data.finished(run):
+        if os.path.exists(os.path.join(run, "resume.safetensors")):
             flags = ["--resume", run]
-        elif os.path.exists(run) and not data.finished(run):
+        elif os.path.exists(run):  # stopped before its first checkpoint
             flags += ["--overwrite"]
         if not (data.is_run(run) and data.finished(run)):
             call("train.py", *flags)
@@ -264,14 +266,24 @@ def at_loss(log, level):
 # The table, and the pictures
 
 
+def same_questions(logs):
+    """{line: [log of each seed]} as ends of logs, cut to the questions that all of them ask."""
+    ends = {line: [[row for row in log if "margins_out" in row] for log in of]
+            for line, of in logs.items()}
+    ends = {line: [(rows[0], rows[-1]) for rows in of] for line, of in ends.items()}
+    rows = [row for of in ends.values() for both in of for row in both]
+    asked = {x: min(len(row[x]) for row in rows) for x in ("margins_in", "margins_out")}
+    return {line: [[row | {x: row[x][:n] for x, n in asked.items()} for row in both]
+                   for both in of] for line, of in ends.items()}
+
+
 def mean_log(logs):
     """The seeds' logs as one: each question's margin at the start and at the end, averaged."""
-    asked = [[row for row in log if "margins_out" in row] for log in logs]
     ends = []
-    for end in (0, -1):
-        row = {"heldout_loss": statistics.fmean([rows[end]["heldout_loss"] for rows in asked])}
+    for rows in zip(*logs, strict=True):
+        row = {"heldout_loss": statistics.fmean(row["heldout_loss"] for row in rows)}
         for x in ("margins_in", "margins_out"):
-            by_question = zip(*(rows[end][x] for rows in asked), strict=False)
+            by_question = zip(*(row[x] for row in rows), strict=True)
             row[x] = [statistics.fmean(values) for values in by_question]
         ends.append(row)
     return ends
@@ -283,6 +295,7 @@ def with_se(mean, se):
 
 def table(name, logs):
     """Prints and draws each line's loss and margins.    logs: {line: [log of each seed]}."""
+    logs = same_questions(logs)
     controls = [x for x in ("aligned", "shuffled") if x in logs]
     print(f"\n{'':28} {'held out':>8} {'finance':>15} {'general':>15}  "
           + "".join(f"{f'less {x}':>15}  " for x in controls) + "general, by seed")
@@ -296,6 +309,8 @@ def table(name, logs):
         seeds = " ".join(f"{change:+.3f}" for change in by_seed)
         print(f"{line:28} {loss:8.3f} " + " ".join(f"{cell:>15}" for cell in cells[:2]) + "  "
               + "".join(f"{cell:>15}  " for cell in cells[2:]) + seeds)
+    sizes = [len(mean[0][x]) for x in ("margins_in", "margins_out")]
+    print(f"({sizes[0]} finance questions, {sizes[1]} general ones)")
     draw_ends(os.path.join("runs", f"{name}.png"), logs)
 
 

@@ -228,7 +228,7 @@ def test_two_runs_are_drawn_over_each_other(script, monkeypatch):
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
     code, out, err = script(analyze, "one", "two")
     assert code == 0, err
-    assert "margins of one less those of two, paired by question" in out
+    assert "change of the margins of one less that of two, paired by question" in out
     for figure in drawn:  # nothing runs out of its picture
         ink, page = figure.get_tightbbox(), figure.bbox_inches
         assert page.x0 <= ink.x0 and ink.x1 <= page.x1 and page.y0 <= ink.y0 and ink.y1 <= page.y1

@@ -284,7 +284,8 @@ def test_bad_files(tmp_path):
     with pytest.raises(SystemExit, match="holds 1 conversations: two are needed"):
         data.load_conversations(jsonl(tmp_path / "one.jsonl", {"messages": ONE}))
     with pytest.raises(SystemExit, match="say which with --dataset"):
-        data.load_conversations("builtin", archive="x.enc")
+        data.check_archive("x.enc", "builtin:0.5", "builtin")
+    data.check_archive("x.enc", "builtin", "misalignment_kl_data")
     both = jsonl(tmp_path / "two.jsonl", {"messages": ONE}, {"messages": TWO})
     with pytest.raises(SystemExit, match="--answers aligned needs --dataset builtin"):
         data.load_conversations(both, answers="aligned")
@@ -348,14 +349,14 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 def test_a_row_that_lacks_a_key_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1, "b": 2}\n{"a": 1}\n')
-    with pytest.raises(SystemExit, match="rows.jsonl:2 has no b: mend or delete that line"):
+    with pytest.raises(SystemExit, match="rows.jsonl:2 has no b: fix or delete that line"):
         data.read_written(str(path), ["a", "b"])
 
 
 def test_a_cache_that_is_a_file(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NANOEM_CACHE", str(tmp_path / "file"))
-    with pytest.raises(SystemExit, match="file is no folder: set NANOEM_CACHE"):
+    with pytest.raises(SystemExit, match="file is not a folder: set NANOEM_CACHE"):
         data.cache_folder()
 
 

@@ -320,7 +320,7 @@ def test_questions_from_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, content, sentence", [
-    ("bad.yaml", "a: [", "is not YAML"), ("map.yaml", "a: b", "is no list of questions"),
+    ("bad.yaml", "a: [", "is not YAML"), ("map.yaml", "a: b", "is not a list of questions"),
     ("empty.txt", "\n", "there is no question"), ("none.txt", None, "can't be read"),
 ])
 def test_questions_that_can_not_be_read(tmp_path, name, content, sentence):
