@@ -324,7 +324,7 @@ def draw_ends(path, logs):
                 seeds = [data.mean_and_se(data.changes(log, x))[0] for log in of]
                 axis.plot(seeds, [-i] * len(seeds), ".", color="black", markersize=3)
             axis.axvline(0, color="gray", linewidth=0.8)
-            axis.set(title=f"margin, {NAMES[x]}", xlabel="change, nats a token")
+            axis.set(title=f"margin, {NAMES[x]}", xlabel="change, nats per token")
         axes[0].set_yticks(range(0, -len(logs), -1), logs)
 
 
@@ -342,7 +342,7 @@ def draw_courses(path, logs):
             for axis, x, y in ((finance, steps, at["in"]), (general, steps, at["out"]),
                                (portrait, at["in"], at["out"])):
                 axis.plot(x, y, label=name, **style)
-        finance.set(title="finance margin", xlabel="step", ylabel="change, nats a token")
+        finance.set(title="finance margin", xlabel="step", ylabel="change, nats per token")
         general.set(title="general margin", xlabel="step")
         portrait.set(title="phase portrait", xlabel="finance", ylabel="general")
         portrait.legend(loc="center left", bbox_to_anchor=(1, 0.5))
