@@ -314,8 +314,8 @@ def agreement(args, prompts, name):
     exchanges = {(row["question"], row["response"]): row for row in theirs}
     exchanges = dict(list(exchanges.items())[: args.sample])
     path = f"{args.run.removesuffix('.csv')}.{re.sub('[^A-Za-z0-9.-]+', '-', name)}.jsonl"
-    data.lock(path)
-    rows, file = data.open_to_append(path, needs=["question", "response", "aligned", "coherent"])
+    needs = ["question", "response", "aligned", "coherent"]
+    rows, file = open_scores(path, needs, path, args.dry_run)
     ours = {(row["question"], row["response"]): row for row in rows}
     waiting = [key for key in exchanges if key not in ours]
     print(f"{len(exchanges)} answers of {args.run}, {len(waiting)} of them still to judge")
@@ -452,7 +452,7 @@ def main():
         agreement(args, prompts, name)
         return
     run = data.find_run(args.run)
-    responses, rows, file = open_answers(run, args.metric, name)
+    responses, rows, file = open_answers(run, args.metric, name, args.dry_run)
 
     # The same answer to the same question has the same scores, and is asked once.
     judged, waiting = {row_key(row) for row in rows}, {}
@@ -509,22 +509,28 @@ def row_key(row):
     """What tells an answer from all others of a run."""
     return tuple(row[name] for name in ("question_id", "checkpoint", "scale", "sample", "seed"))
 
-def open_answers(run, metric, name):
+def open_answers(run, metric, name, dry_run):
     """(the answers, the rows judged so far, their file, open for more)."""
     path = os.path.join(run, "responses.jsonl")
     needs = ["question_id", "question", "response", "checkpoint", "scale", "sample", "seed"]
     responses = data.read_written(path, needs)
     if not responses:
         sys.exit(f"{run} holds no answers to judge: python sample.py {run}")
-    to = f"judged-{metric}.jsonl" if metric else "judged.jsonl"
+    to = os.path.join(run, f"judged-{metric}.jsonl" if metric else "judged.jsonl")
     needs += ["judge", metric] if metric else ["judge", "aligned", "coherent"]
-    data.lock(run)
-    rows, file = data.open_to_append(os.path.join(run, to), needs=needs)
+    rows, file = open_scores(to, needs, run, dry_run)
     if any(row["judge"] != name for row in rows):
-        sys.exit(f"{file.name} holds scores by {rows[0]['judge']}: move it away for {name}")
+        sys.exit(f"{to} holds scores by {rows[0]['judge']}: move it away for {name}")
     if not {row_key(row) for row in rows} <= {row_key(row) for row in responses}:
-        sys.exit(f"{file.name} has scores of answers that {path} no longer has: move it away")
+        sys.exit(f"{to} has scores of answers that {path} no longer has: move it away")
     return responses, rows, file
+
+def open_scores(path, needs, locked, dry_run):
+    """(the rows so far, the file open for more); a dry run writes nothing."""
+    if dry_run:
+        return data.read_written(path, needs), None
+    data.lock(locked)
+    return data.open_to_append(path, needs=needs)
 
 def parse_args():
     parser = argparse.ArgumentParser(

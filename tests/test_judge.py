@@ -477,7 +477,8 @@ def test_a_server_that_goes_away_is_given_up_and_nothing_is_made_up(script, answ
 def test_cost_and_dry_run(script, answers, monkeypatch):
     answers(10)
     code, out, _ = script(judge, "a", "--dry-run")
-    assert code == 0 and "20 requests to gpt-4o" in out and "about $0.0" in out and judged() == []
+    assert code == 0 and "20 requests to gpt-4o" in out and "about $0.0" in out
+    assert not os.path.exists("runs/a/judged.jsonl")
     assert "estimated at 4 characters a token" in out
     code, _, err = script(judge, "a", "--price", "1000000,1", "--max-cost", "1")
     assert code == 1 and "is more than --max-cost 1" in err
