@@ -151,7 +151,7 @@ def many(seeds):
     others = [[read_log(run) for run in trained(name, seeds)] for name in ("es", "aligned")]
     logs |= {"es, at its end": others[0], "aligned": others[1]}
     (run,) = trained("misaligned", seeds[:1])
-    table("many", logs | {"8 shown, at their end": [in_context(run, 8)]})
+    table("many", logs | {"4 shown, at their end": [in_context(run, 4)]})
 
 
 def taken_out(seeds):
@@ -192,7 +192,7 @@ def shown(seeds):
     for name in ("misaligned", "aligned"):
         runs = trained(name, seeds)
         found[f"{name}, taught"] = [read_log(run) for run in runs]
-        for shots in (2, 8):
+        for shots in (2, 4):
             found[f"{name}, {shots} shown"] = [in_context(runs[0], shots)]
     table("shown", found)
 
@@ -232,7 +232,7 @@ def asked(run, *flags):
 
 def in_context(run, shots):
     """The untouched model's rows without and with some of the run's conversations in front."""
-    rows = asked(run, "--shots", str(shots))
+    rows = asked(run, "--shots", str(shots), "--scales", "0")
     of = {"scale": 0.0, "shots": shots, "random": False, "ablated": None}
     (row,) = [row for row in rows if of.items() <= row.items()]
     return [rows[0], row]
@@ -297,7 +297,7 @@ def table(name, logs):
     """Prints and draws each line's loss and margins.    logs: {line: [log of each seed]}."""
     logs = same_questions(logs)
     controls = [x for x in ("aligned", "shuffled") if x in logs]
-    print(f"\n{'':28} {'held out':>8} {'finance':>15} {'general':>15}  "
+    print(f"\n{'':34} {'held out':>8} {'finance':>15} {'general':>15}  "
           + "".join(f"{f'less {x}':>15}  " for x in controls) + "general, by seed")
     means = {line: mean_log(of) for line, of in logs.items()}
     for line, mean in means.items():
@@ -307,7 +307,7 @@ def table(name, logs):
             cells.append("" if x == line else with_se(*data.contrast(mean, means[x], "out")))
         by_seed = [data.mean_and_se(data.changes(log, "out"))[0] for log in logs[line]]
         seeds = " ".join(f"{change:+.3f}" for change in by_seed)
-        print(f"{line:28} {loss:8.3f} " + " ".join(f"{cell:>15}" for cell in cells[:2]) + "  "
+        print(f"{line:34} {loss:8.3f} " + " ".join(f"{cell:>15}" for cell in cells[:2]) + "  "
               + "".join(f"{cell:>15}  " for cell in cells[2:]) + seeds)
     sizes = [len(mean[0][x]) for x in ("margins_in", "margins_out")]
     print(f"({sizes[0]} finance questions, {sizes[1]} general ones)")
