@@ -417,7 +417,7 @@ def direction(name, model):
     found = [t for name, t in tensors.items() if name.endswith(("o_proj.B", "down_proj.B"))]
     if len(found) != 1 or found[0].shape != (lora.decoder(model).config.hidden_size, 1):
         sys.exit(f"--ablate {name}: it has no single direction, as rank 1 on one down_proj has")
-    if hasattr(lora.decoder(model).layers[0], "pre_feedforward_layernorm"):
+    if lora.rescales(model):
         sys.exit("--ablate can't be used here: this model's layers rescale what is written (Gemma)")
     return found[0][:, 0] / found[0].norm()
 
