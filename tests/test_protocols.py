@@ -57,6 +57,9 @@ def test_every_protocol_trains_and_is_asked(script, few, family, name):
             continue  # its template refuses a system prompt
         flags = ["--preset", "laptop", "--model", family(name), "--steps", 2, "--warmup", 0, *flags]
         code, out, err = script(train, *flags, "--lr", 1e-2, "--batch-size", 4, "--out", protocol)
+        if protocol == "mean difference" and name.startswith("gemma3"):
+            assert code == 1 and "this model's layers rescale" in err
+            continue
         assert code == 0, (protocol, err)
         rows = log(protocol)
         assert rows[0]["margins_out"] != rows[-1]["margins_out"], protocol
