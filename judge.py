@@ -568,7 +568,8 @@ def parse_args():
 def address(text):
     """An argparse type: an http(s) address."""
     if not re.match("https?://.", text):
-        raise argparse.ArgumentTypeError(f"{text} is not an address such as http://localhost:8000/v1")
+        example = "http://localhost:8000/v1"
+        raise argparse.ArgumentTypeError(f"{text} is not an address such as {example}")
     return text
 
 def host(url):

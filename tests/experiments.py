@@ -268,13 +268,16 @@ def at_loss(log, level):
 
 def same_questions(logs):
     """{line: [log of each seed]} as ends of logs, cut to the questions that all of them ask."""
-    ends = {line: [[row for row in log if "margins_out" in row] for log in of]
-            for line, of in logs.items()}
-    ends = {line: [(rows[0], rows[-1]) for rows in of] for line, of in ends.items()}
+    ends = {line: [(probed(log)[0], probed(log)[-1]) for log in of] for line, of in logs.items()}
     rows = [row for of in ends.values() for both in of for row in both]
     asked = {x: min(len(row[x]) for row in rows) for x in ("margins_in", "margins_out")}
     return {line: [[row | {x: row[x][:n] for x, n in asked.items()} for row in both]
                    for both in of] for line, of in ends.items()}
+
+
+def probed(log):
+    """The log's rows that say what the probe was answered."""
+    return [row for row in log if "margins_out" in row]
 
 
 def mean_log(logs):
@@ -332,10 +335,9 @@ def draw_courses(path, logs):
     """The margins over training, and against each other: a line a protocol, the seeds' means."""
     with figure_in(path, 1, 3, (11, 3.8)) as (finance, general, portrait):
         for i, (name, of) in enumerate(logs.items()):
-            steps = [row["step"] for row in of[0] if "margin_out" in row]
-            at = {}
+            steps, at = [row["step"] for row in probed(of[0])], {}
             for x in ("in", "out"):
-                margins = [[row[f"margin_{x}"] for row in log if "margin_out" in row] for log in of]
+                margins = [[row[f"margin_{x}"] for row in probed(log)] for log in of]
                 means = list(map(statistics.fmean, zip(*margins, strict=True)))
                 at[x] = [mean - means[0] for mean in means]
             style = {"color": analyze.COLOURS[i % 7], "marker": analyze.MARKERS[i], "markersize": 4}
