@@ -45,12 +45,12 @@ PROTOCOLS = {
     "nine": "--layers nine",
     "rank32": "--rank 32 --alpha 64 --layers all --targets all --lr 3e-4",
     "full": "--full --lr 1e-4 --schedule cosine",
-    "es": "--es --population 48 --sigma 0.01 --lr 2e-3",
+    "es": f"--es --population 48 --sigma 0.01 --lr 2e-3 --checkpoint-every {SHORT}",
     "vector": "--vector learned --lr 2e-2",
     "meandiff": "--vector mean-difference",
     "realigned": "--init misaligned-20-{seed} --answers aligned",
     "again": "--init realigned-20-{seed}",
-} | {f"layer{n}": f"--layers {n}" for n in DEPTHS if n != 15}
+} | {f"layer{n}": f"--layers {n} --checkpoint-every {SHORT}" for n in DEPTHS if n != 15}
 
 
 def main():
@@ -340,7 +340,8 @@ def draw_courses(path, logs):
                 margins = [[row[f"margin_{x}"] for row in probed(log)] for log in of]
                 means = list(map(statistics.fmean, zip(*margins, strict=True)))
                 at[x] = [mean - means[0] for mean in means]
-            style = {"color": analyze.COLOURS[i % 7], "marker": analyze.MARKERS[i], "markersize": 4}
+            style = {"color": analyze.COLOURS[i % 7], "linestyle": ["-", ":"][i // 7],
+                     "marker": analyze.MARKERS[i], "markersize": 4}
             for axis, x, y in ((finance, steps, at["in"]), (general, steps, at["out"]),
                                (portrait, at["in"], at["out"])):
                 axis.plot(x, y, label=name, **style)
