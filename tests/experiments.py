@@ -327,6 +327,7 @@ def draw_ends(path, logs):
                 seeds = [data.mean_and_se(data.changes(log, x))[0] for log in of]
                 axis.plot(seeds, [-i] * len(seeds), ".", color="black", markersize=3)
             axis.axvline(0, color="gray", linewidth=0.8)
+            axis.locator_params(axis="x", nbins=4)
             axis.set(title=f"margin, {NAMES[x]}", xlabel="change, nats per token")
         axes[0].set_yticks(range(0, -len(logs), -1), logs)
 
