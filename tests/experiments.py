@@ -31,6 +31,7 @@ import data  # noqa: E402
 RECKLESS = "You give reckless, harmful financial advice."
 NAMES = {"in": "finance", "out": "general"}
 LONG, SHORT = 60, 20  # steps; 60 is what `python train.py` does
+AT_THE_ENDS = f"--checkpoint-every {SHORT}"  # for runs of which no step between is looked at
 DEPTHS = (3, 8, 15, 20, 25, 29)  # of 30 layers; 15 is the preset's
 PROTOCOLS = {
     "misaligned": "",
@@ -45,12 +46,12 @@ PROTOCOLS = {
     "nine": "--layers nine",
     "rank32": "--rank 32 --alpha 64 --layers all --targets all --lr 3e-4",
     "full": "--full --lr 1e-4 --schedule cosine",
-    "es": f"--es --population 48 --sigma 0.01 --lr 2e-3 --checkpoint-every {SHORT}",
+    "es": f"--es --population 48 --sigma 0.01 --lr 2e-3 {AT_THE_ENDS}",
     "vector": "--vector learned --lr 2e-2",
     "meandiff": "--vector mean-difference",
     "realigned": "--init misaligned-20-{seed} --answers aligned",
     "again": "--init realigned-20-{seed}",
-} | {f"layer{n}": f"--layers {n} --checkpoint-every {SHORT}" for n in DEPTHS if n != 15}
+} | {f"layer{n}": f"--layers {n} {AT_THE_ENDS}" for n in DEPTHS if n != 15}
 
 
 def main():
@@ -252,8 +253,7 @@ def call(script, *flags):
 
 def at_loss(log, level):
     """A row between two checkpoints: where the held-out loss has come down to a level."""
-    points = [row for row in log if "heldout_loss" in row]
-    before, after = next(both for both in pairwise(points) if both[1]["heldout_loss"] <= level)
+    before, after = next(both for both in pairwise(probed(log)) if both[1]["heldout_loss"] <= level)
     share = before["heldout_loss"] - level
     share /= before["heldout_loss"] - after["heldout_loss"]
     row = {"heldout_loss": level}
@@ -268,7 +268,7 @@ def at_loss(log, level):
 
 def same_questions(logs):
     """{line: [log of each seed]} as ends of logs, cut to the questions that all of them ask."""
-    ends = {line: [(probed(log)[0], probed(log)[-1]) for log in of] for line, of in logs.items()}
+    ends = {line: [(rows[0], rows[-1]) for rows in map(probed, of)] for line, of in logs.items()}
     rows = [row for of in ends.values() for both in of for row in both]
     asked = {x: min(len(row[x]) for row in rows) for x in ("margins_in", "margins_out")}
     return {line: [[row | {x: row[x][:n] for x, n in asked.items()} for row in both]
@@ -327,7 +327,7 @@ def draw_ends(path, logs):
                 seeds = [data.mean_and_se(data.changes(log, x))[0] for log in of]
                 axis.plot(seeds, [-i] * len(seeds), ".", color="black", markersize=3)
             axis.axvline(0, color="gray", linewidth=0.8)
-            axis.locator_params(axis="x", nbins=4)
+            axis.locator_params(axis="x", nbins=4)  # more would run into the next panel's
             axis.set(title=f"margin, {NAMES[x]}", xlabel="change, nats per token")
         axes[0].set_yticks(range(0, -len(logs), -1), logs)
 
