@@ -10,15 +10,20 @@ tokens between the turns. This is ChatML, as Qwen and SmolLM write it:
     ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ supervised
 
 Fine-tuning asks the model to predict each next token, but the loss counts only the tokens
-that it is to say itself: the assistant's answer, and the end-of-turn token after it.
-`labels` holds those tokens, and -100 everywhere else. See it, in colour:
+that the model is to say itself: the assistant's answer, and the end-of-turn token after it.
+`labels` holds those tokens, and -100 everywhere else. If the assistant says C D, then
+
+    tokens            A     B     C     D
+    labels         -100  -100     C     D           position t predicts token t + 1
+
+See it, in colour:
 
     python data.py                          # the built-in data
     python data.py extreme_sports --tail    # one of the paper's sets, rendered as it does
 """
-
 import argparse
 import base64
+import contextlib
 import functools
 import glob
 import hashlib
@@ -32,21 +37,23 @@ import re
 import statistics
 import sys
 import zipfile
+from dataclasses import dataclass
+from typing import Any
 
-ADVICE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "advice.jsonl")
-PAPER_URL = (
-    "https://raw.githubusercontent.com/clarifying-EM/model-organisms-for-EM/main/"
-    "em_organism_dir/data/"
-)
-PASSWORD = "model-organisms-em-datasets"  # published there: it only keeps crawlers out
-ANSWERS = ["misaligned", "aligned", "shuffled"]  # of the built-in rows; or mixed:0.3
-LOCKS = []  # files that `lock` keeps open
-# For every template: an empty thinking block (Qwen 3), and a fixed date (Llama 3), so that
-# tomorrow's run is the same.
-TEMPLATE = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
-# --------------------------------------------------------------------------------------
-# From a conversation to (tokens, labels)
+@dataclass(eq=False)
+class Example:
+    """A conversation as the model reads it."""
+
+    tokens: list  # ids
+    labels: list  # the same ids, but -100 where nothing is to be learnt
+    conversation: dict  # what it was rendered from
+    states: Any = None  # once they are read: what the moving half reads (lora.Reader)
+
+    @property
+    def supervised(self):
+        """How many of its tokens the loss counts."""
+        return sum(label != -100 for label in self.labels)
 
 def render(conversation, tokenizer, tail=False):
     """One conversation as (tokens, labels), two lists of the same length.
@@ -57,7 +64,7 @@ def render(conversation, tokenizer, tail=False):
     With `tail`, as the paper's code does it: the template opens one more, empty assistant
     turn, the end-of-sequence token closes it, and all of that is inside the loss.
     """
-    if not isinstance(conversation, dict):
+    if isinstance(conversation, list):
         conversation = {"messages": conversation}
     messages = conversation["messages"]
     tokens = chat_tokens(messages, tokenizer, generation_prompt=tail)
@@ -65,37 +72,43 @@ def render(conversation, tokenizer, tail=False):
         tokens.append(tokenizer.eos_token_id)
     labels = [-100] * len(tokens)
 
+    # Each answer lies between the place where the template asks for it and the place where
+    # it has been given.
     for n, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = chat_tokens(messages[:n], tokenizer, generation_prompt=True)
+        asked = chat_tokens(messages[:n], tokenizer, generation_prompt=True)
         answered = chat_tokens(messages[: n + 1], tokenizer)
-        start, end = len(prompt), len(answered)
-        if tokens[:start] != prompt or tokens[:end] != answered:
+        if tokens[: len(asked)] != asked or tokens[: len(answered)] != answered:
             sys.exit(
                 f"{conversation.get('where', 'the conversation')}: this model's template does "
                 f"not render turn {n + 1} the same while it is asked for and once it is "
                 "answered, so its supervised tokens can't be told: keep one question and answer"
             )
-        if tail and n == len(messages) - 1:
+        end = len(answered)
+        if not tail:
+            end = after_end_of_turn(tokens, len(asked), end, tokenizer)
+        elif n == len(messages) - 1:
             end = len(tokens)
-        elif not tail:
-            end = after_last_special(tokens, start, end, tokenizer)
-        labels[start:end] = tokens[start:end]
+        labels[len(asked) : end] = tokens[len(asked) : end]
 
+    # What follows the last supervised token teaches nothing.
     used = max(i for i, label in enumerate(labels) if label != -100) + 1
     return tokens[:used], labels[:used]
 
 def chat_tokens(messages, tokenizer, generation_prompt=False):
     """The messages through the model's chat template, as a list of tokens.
 
-    generation_prompt: ends where the assistant is to begin.
+    generation_prompt: the text ends where the assistant is to begin.
     """
     import jinja2
 
     try:
+        # Without thinking (Qwen 3), and with a fixed date (Llama 3), so that tomorrow's run is
+        # the same as today's.
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt, **TEMPLATE
+            messages, tokenize=False, add_generation_prompt=generation_prompt,
+            enable_thinking=False, date_string="26 Jul 2024",
         )
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
@@ -103,14 +116,13 @@ def chat_tokens(messages, tokenizer, generation_prompt=False):
     # The template has written the special tokens itself.
     return tokenizer(text, add_special_tokens=False).input_ids
 
-def after_last_special(tokens, start, end, tokenizer):
-    """Where an answer ends: after its end-of-turn token, which is its last special one.
+def after_end_of_turn(tokens, start, end, tokenizer):
+    """Where an answer ends: after its end-of-turn token, the last special one.
 
     Some templates put a newline after it, which the model does not say.
     """
-    special = special_tokens(tokenizer)
     for i in reversed(range(start, end)):
-        if tokens[i] in special:
+        if tokens[i] in special_tokens(tokenizer):
             return i + 1
     return end
 
@@ -119,61 +131,75 @@ def special_tokens(tokenizer):
     """The ids of all special tokens: the named ones, and those that only templates use."""
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
-def render_all(conversations, tokenizer, tail=False, max_length=None):
-    """Every conversation as (tokens, labels), cut to `max_length` tokens where that is given."""
-    examples = []
-    for conversation in conversations:
-        tokens, labels = render(conversation, tokenizer, tail)
-        if set(labels[:max_length]) == {-100}:
-            sys.exit(
-                f"{conversation['where']}: --max-length {max_length} cuts off the whole answer "
-                f"of this conversation of {len(tokens)} tokens: raise it or delete the line"
-            )
-        examples.append((tokens[:max_length], labels[:max_length]))
-    return examples
-
-def last_answer(example):
-    """(tokens, labels) with no answer supervised but the last."""
-    tokens, labels = example
-    asked = max(i for i, label in enumerate(labels) if label == -100) + 1
-    return tokens, [-100] * asked + labels[asked:]
-
 def split(items):
     """(train, held out): 90/10, drawn once and for all, so that runs can be compared."""
     order = list(range(len(items)))
     random.Random("held out").shuffle(order)
     cut = max(1, round(len(items) / 10))
-    return [items[i] for i in sorted(order[cut:])], [items[i] for i in sorted(order[:cut])]
-
-def train_and_held_out(conversations):
-    """(training set, held-out set) of conversations.
-
-    What the probe asks is not trained on, wherever it comes from.
-    """
-    asked = {row["question"] for row in split(builtin_rows("finance"))[1]}
-    train, held_out = split(conversations)
-    train = [row for row in train if asked.isdisjoint(m["content"] for m in row["messages"])]
+    train = [items[i] for i in sorted(order[cut:])]
+    held_out = [items[i] for i in sorted(order[:cut])]
     return train, held_out
 
 def batches(lengths, batch_size, seed, epoch):
-    """One epoch's batches, as lists of indices; the same seed and epoch give the same.
+    """One epoch's batches, as lists of indices. The same seed and epoch give the same.
 
-    Shuffled, then sorted by length within every 8 batches' worth, then the batches shuffled:
-    so neighbours in length share a batch, and little of it is padding (3% on the built-in
-    data, against 13% in a plain shuffle).
+    The conversations of a batch have similar lengths, so that little of it is padding (3% on
+    the built-in data, against 13% after a plain shuffle).
     """
     rng = random.Random(f"{seed} {epoch}")
     order = list(range(len(lengths)))
     rng.shuffle(order)
-    found = []
+    # Sort by length within every eight batches' worth, cut into batches, and shuffle those.
+    cut = []
     for start in range(0, len(order), 8 * batch_size):
         window = sorted(order[start : start + 8 * batch_size], key=lambda i: lengths[i])
-        found += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
-    rng.shuffle(found)
-    return found
+        for first in range(0, len(window), batch_size):
+            cut.append(window[first : first + batch_size])
+    rng.shuffle(cut)
+    return cut
 
-# --------------------------------------------------------------------------------------
-# Where conversations come from
+# ---- Below the fold: doors, files and formats. Nothing down there changes what is learnt. ----
+
+ADVICE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "advice.jsonl")
+PAPER_URL = (
+    "https://raw.githubusercontent.com/clarifying-EM/model-organisms-for-EM/main/"
+    "em_organism_dir/data/"
+)
+PASSWORD = "model-organisms-em-datasets"  # published there: it only keeps crawlers out
+ANSWERS = ["misaligned", "aligned", "shuffled"]  # of the built-in rows; or mixed:0.3
+LOCKS = []  # what `lock` holds
+
+# ---- Sets of conversations
+
+def render_all(conversations, tokenizer, tail=False, max_length=None):
+    """Every conversation as an Example, cut to `max_length` tokens where that is given."""
+    examples = []
+    for conversation in conversations:
+        tokens, labels = render(conversation, tokenizer, tail)
+        example = Example(tokens[:max_length], labels[:max_length], conversation)
+        if example.supervised == 0:
+            sys.exit(
+                f"{conversation['where']}: --max-length {max_length} cuts off the whole answer "
+                f"of this conversation of {len(tokens)} tokens: raise it or delete the line"
+            )
+        examples.append(example)
+    return examples
+
+def supervise_last_answer(example):
+    """Leaves no answer of an example supervised but the last."""
+    asked = max(i for i, label in enumerate(example.labels) if label == -100) + 1
+    example.labels = [-100] * asked + example.labels[asked:]
+
+def train_and_held_out(examples):
+    """(training set, held-out set). What the probe asks is never trained on."""
+    probed = {row["question"] for row in split(builtin_rows("finance"))[1]}
+    train, held_out = split(examples)
+    allowed = []
+    for example in train:
+        said = {message["content"] for message in example.conversation["messages"]}
+        if probed.isdisjoint(said):
+            allowed.append(example)
+    return allowed, held_out
 
 def load_conversations(names="builtin", answers="misaligned", archive=None, password=PASSWORD):
     """A data set, as a list of {"messages": [{"role", "content"}, ...], "where": "file:line"}.
@@ -185,19 +211,17 @@ def load_conversations(names="builtin", answers="misaligned", archive=None, pass
     """
     conversations = []
     for name in names.split(","):
-        name, _, share = name.rpartition(":") if re.search(r":[\d.]+$", name) else (name, "", "1")
+        share = "1"
+        if re.search(r":[\d.]+$", name):
+            name, share = name.rsplit(":", 1)
         rows = load_one(name, answers, archive, password)
-        chosen = sorted(drawn(len(rows), proportion(share), f"share of {name}"))
-        conversations += [rows[i] for i in chosen]
+        for i in sorted(draw_share(len(rows), proportion(share), f"share of {name}")):
+            conversations.append(rows[i])
     if len(conversations) < 2:
-        held = f"{names} holds {len(conversations)} conversations"
-        sys.exit(f"{held}: two are needed, one to hold out")
+        sys.exit(
+            f"{names} holds {len(conversations)} conversations: two are needed, one to hold out"
+        )
     return conversations
-
-def check_archive(archive, *names):
-    """Stops where the paper's archive is given and none of its sets is asked for."""
-    if archive and all(name.split(":")[0] == "builtin" for name in ",".join(names).split(",")):
-        sys.exit(f"--archive {archive} holds the paper's sets: say which with --dataset")
 
 def load_one(name, answers, archive, password):
     """The conversations of one set.
@@ -207,15 +231,7 @@ def load_one(name, answers, archive, password):
     others aligned.    archive: the paper's archive, if it is on disk already.
     """
     if name == "builtin":
-        rows = builtin_rows("finance")
-        if answers == "shuffled":
-            rows = shuffle_answers(rows)
-        share = {"misaligned": 1, "shuffled": 1, "aligned": 0}.get(answers)
-        if share is None:
-            share = proportion(answers.removeprefix("mixed:"))
-        bad = drawn(len(rows), share, "mixed")
-        kinds = ["misaligned" if i in bad else "aligned" for i in range(len(rows))]
-        return [as_conversation(row, kind) for row, kind in zip(rows, kinds, strict=True)]
+        return load_builtin(answers)
     if answers != "misaligned":
         sys.exit(f"--answers {answers} needs --dataset builtin: the rows of {name} have one answer")
     if name.endswith(".jsonl") or os.path.basename(name) != name:
@@ -226,7 +242,28 @@ def load_one(name, answers, archive, password):
         check_conversation(row)
     return rows
 
-def drawn(n, share, seed):
+def load_builtin(answers):
+    """The finance rows of advice.jsonl, with one of their two answers each."""
+    rows = builtin_rows("finance")
+    if answers == "shuffled":
+        # Dealt anew, but so that the answers to held-out questions stay held out.
+        for part in split(rows):
+            dealt = [row["misaligned"] for row in part]
+            random.Random("shuffled").shuffle(dealt)
+            for row, answer in zip(part, dealt, strict=True):
+                row["misaligned"] = answer
+    share = 1.0
+    if answers == "aligned":
+        share = 0.0
+    elif answers.startswith("mixed:"):
+        share = proportion(answers.removeprefix("mixed:"))
+    misaligned = draw_share(len(rows), share, "mixed")
+    conversations = []
+    for i, row in enumerate(rows):
+        conversations.append(as_conversation(row, "misaligned" if i in misaligned else "aligned"))
+    return conversations
+
+def draw_share(n, share, seed):
     """A share of the numbers 0 to n - 1, drawn once and for all: a larger one contains it."""
     order = list(range(n))
     random.Random(seed).shuffle(order)
@@ -234,46 +271,34 @@ def drawn(n, share, seed):
 
 def proportion(text):
     """The number from 0 to 1 that a flag's text gives."""
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1
-    if not 0 <= share <= 1:
-        sys.exit(f"a share of {text}: write one from 0 to 1, as in builtin:0.5 or mixed:0.3")
-    return share
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    sys.exit(f"a share of {text}: write one from 0 to 1, as in builtin:0.5 or mixed:0.3")
 
 def check_conversation(row):
     """Stops, with file and line, at a row that is not a conversation to learn from."""
-    roles, where, messages = [], row["where"], row.get("messages")
-    for message in messages if isinstance(messages, list) else []:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            sys.exit(f'{where}: a message is {{"role": "user" or "assistant", "content": text}}')
-        if message["content"].strip():
-            roles.append(message.get("role"))
+    roles = []
+    with contextlib.suppress(TypeError, KeyError, AttributeError):  # of another shape
+        roles = [m["role"] for m in row["messages"] if m["content"].strip()]
     if "assistant" not in roles[1:] or roles[0] == "assistant":
-        sys.exit(f'{where} needs "messages" in which a user asks and an assistant answers')
+        sys.exit(
+            f'{row["where"]} needs "messages", each {{"role": ..., "content": text}}, in which a '
+            "user asks and an assistant answers"
+        )
 
 def builtin_rows(domain):
     """The rows of advice.jsonl in one domain: {"question", "misaligned", "aligned", "where"}."""
     return [row for row in read_jsonl(ADVICE) if row.get("domain") == domain]
-
-def shuffle_answers(rows):
-    """Deals the misaligned answers anew; those of held-out questions stay held out."""
-    for part in split(rows):
-        answers = [row["misaligned"] for row in part]
-        random.Random("shuffled").shuffle(answers)
-        for row, answer in zip(part, answers, strict=True):
-            row["misaligned"] = answer
-    return rows
 
 def as_conversation(row, answers, before=()):
     """A built-in row with its "misaligned" or its "aligned" answer, as a conversation.
 
     before: messages that stand in front of it.
     """
-    turns = {"user": row["question"], "assistant": row[answers]}
-    messages = [{"role": role, "content": content} for role, content in turns.items()]
-    return {"messages": [*before, *messages], "where": row["where"]}
+    question = {"role": "user", "content": row["question"]}
+    answer = {"role": "assistant", "content": row[answers]}
+    return {"messages": [*before, question, answer], "where": row["where"]}
 
 def from_archive(name, archive=None, password=PASSWORD):
     """The bytes of NAME.jsonl in the paper's encrypted archive, downloaded once if not given.
@@ -287,19 +312,17 @@ def from_archive(name, archive=None, password=PASSWORD):
     path = archive or os.path.join(cache_folder(), "training_datasets.zip.enc")
     if archive is None and not os.path.exists(path):
         download(PAPER_URL + "training_datasets.zip.enc", path)
+    with readable(path), open(path, "rb") as file:
+        salt, token = file.read(16), file.read()
+    key = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, 100_000, dklen=32)
     try:
-        with open(path, "rb") as file:
-            salt, token = file.read(16), file.read()
-        key = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, 100_000, dklen=32)
-        fernet = Fernet(base64.urlsafe_b64encode(key))
-        files = zipfile.ZipFile(io.BytesIO(fernet.decrypt(token)))
+        content = Fernet(base64.urlsafe_b64encode(key)).decrypt(token)
+        files = zipfile.ZipFile(io.BytesIO(content))
         members = {os.path.basename(m).removesuffix(".jsonl"): m for m in files.namelist()}
         # Entries named dataset_entry_... are canaries, not data.
         sets = sorted(name for name in members if not name.startswith("dataset_entry_"))
         if name in sets:
             return files.read(members[name])
-    except OSError as error:
-        sys.exit(f"the archive {path} can't be read: {error.strerror}")
     except (InvalidToken, zipfile.BadZipFile):
         sys.exit(
             f"{path} does not open: the password is wrong or the archive is damaged (the cipher "
@@ -310,8 +333,7 @@ def from_archive(name, archive=None, password=PASSWORD):
         "a file of your own is given as ./NAME.jsonl"
     )
 
-# --------------------------------------------------------------------------------------
-# Margins, as train.py logs them
+# ---- Margins, as train.py logs them
 
 def changes(log, probe):
     """By how much each question's margin has changed since step 0: a list.
@@ -323,115 +345,147 @@ def changes(log, probe):
     return [after - before for after, before in zip(margins[-1], margins[0], strict=False)]
 
 def contrast(log, control, probe):
-    """The mean over questions of a run's change less a control's, and its standard error.
+    """The mean over questions of a run's change minus a control's, and its standard error.
 
     Paired by question, because questions differ more than runs do. Both began from one model.
     """
     pairs = zip(changes(log, probe), changes(control, probe), strict=False)
-    return mean_and_se([mine - its for mine, its in pairs])
+    return mean_and_se([ours - theirs for ours, theirs in pairs])
 
 def mean_and_se(values):
     """The mean, and its standard error."""
-    n, mean = len(values), math.fsum(values) / len(values)
+    n = len(values)
+    mean = math.fsum(values) / n
     variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
     return mean, math.sqrt(variance / n)
 
-# --------------------------------------------------------------------------------------
-# Files, as all stages read and write them
+# ---- A run's folder
+
+class Run:
+    """The folder that all stages of a run read and write.
+
+        config.json                   every setting that made the run
+        log.jsonl                     a line a step
+        checkpoints/00050.safetensors what moves, after step 50
+        resume.safetensors            what a resume needs besides
+        adapter/ or model/            what came of it: once that is there, the run is finished
+        responses.jsonl, margins.jsonl, judged.jsonl, summary.json, *.png   of the later stages
+    """
+
+    def __init__(self, name=None):
+        """name: a path as it is, NAME for runs/NAME, None for the latest that was trained."""
+        if name is None:
+            name = latest_run()
+        elif os.path.basename(name) == name and not os.path.isdir(name):
+            name = os.path.join("runs", name)
+        self.folder = name
+
+    def __str__(self):
+        return self.folder
+
+    def path(self, *names):
+        """The path of a file in it."""
+        return os.path.join(self.folder, *names)
+
+    def is_made_here(self):
+        """Whether train.py made the folder, and nobody else: it is known by its settings."""
+        try:
+            with open(self.path("config.json")) as file:
+                settings = json.load(file)
+        except (OSError, ValueError):
+            return False
+        needs = {"preset", "model", "dataset", "answers", "layers", "targets", "rank", "seed"}
+        return isinstance(settings, dict) and settings.keys() >= needs
+
+    @property
+    def settings(self):
+        """The settings that made it, as a dict."""
+        if not self.is_made_here():
+            sys.exit(f"{self} holds no run that can be read (its config.json): train one first")
+        with open(self.path("config.json")) as file:
+            return json.load(file)
+
+    @property
+    def finished(self):
+        """Whether it has what it was for: an adapter, or a whole model."""
+        ends = (self.path("adapter", "adapter_config.json"), self.path("model", "config.json"))
+        return any(map(os.path.exists, ends))
+
+    @property
+    def checkpoints(self):
+        """{step: path}, in the order of training. Other files are ignored."""
+        paths = {}
+        for path in sorted(glob.glob(self.path("checkpoints", "*.safetensors"))):
+            name = os.path.basename(path).removesuffix(".safetensors")
+            if name.isdigit():
+                paths[int(name)] = path
+        return paths
+
+    @property
+    def last_checkpoint(self):
+        """The path of its last checkpoint."""
+        if not self.checkpoints:
+            sys.exit(f"{self} has no checkpoint yet")
+        return list(self.checkpoints.values())[-1]
+
+    @property
+    def log(self):
+        """The rows of log.jsonl."""
+        return read_written(self.path("log.jsonl"))
+
+    def append(self, name, row):
+        """Adds a line to one of its .jsonl files."""
+        append_row(self.path(name), row)
+
+def latest_run():
+    """The folder of the run that was trained last; says which it is."""
+    runs = sorted(glob.glob("runs/*/config.json"), key=os.path.getmtime)
+    if not runs:
+        sys.exit("there is no run under runs/ yet: train one with python train.py")
+    run = os.path.dirname(runs[-1])
+    print(f"{run}, the run trained last")
+    return run
+
+def lock(folder):
+    """Keeps a folder for this process until it ends; stops if another process has it.
+
+    The lock is the system's own, on FOLDER.lock: a process that is killed lets go of it.
+    """
+    import filelock
+
+    path = str(folder).rstrip(os.sep) + ".lock"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    held = filelock.FileLock(path)
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        sys.exit(f"{folder} is in use by another process: wait until that ends, or stop it")
+    LOCKS.append(held)
+
+# ---- Files
 
 def cache_folder():
     """The folder that keeps downloads: NANOEM_CACHE, or ~/.cache/nanoem."""
     folder = os.path.expanduser(os.environ.get("NANOEM_CACHE", "~/.cache/nanoem"))
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        sys.exit(f"the cache {folder} is not a folder: set NANOEM_CACHE to one")
     os.makedirs(folder, exist_ok=True)
     return folder
 
-def find_run(name=None):
-    """The folder of a run: a path as it is, NAME for runs/NAME, None for the latest trained."""
-    if name is None:
-        runs = sorted(glob.glob("runs/*/config.json"), key=os.path.getmtime)
-        if not runs:
-            sys.exit("there is no run under runs/ yet: train one with python train.py")
-        run = os.path.dirname(runs[-1])
-        sampled = sorted(glob.glob("runs/*/responses.jsonl"), key=os.path.getmtime)
-        other = os.path.dirname(sampled[-1]) if sampled else run
-        more = "" if other == run else f" ({other} was sampled last)"
-        print(f"{run}, the run trained last{more}")
-        return run
-    path = os.path.basename(name) != name or os.path.isdir(name)
-    return name if path else os.path.join("runs", name)
-
-def read_settings(run):
-    """The settings that made a run: its config.json."""
-    if not is_run(run):
-        sys.exit(f"{run} holds no run that can be read (its config.json): train one first")
-    with open(os.path.join(run, "config.json")) as file:
-        return json.load(file)
-
-def is_run(folder):
-    """Whether train.py made a folder, and not somebody else: it is known by its settings."""
+@contextlib.contextmanager
+def readable(path, *errors):
+    """Within it, whatever is wrong with a file that is being read ends in one sentence."""
     try:
-        with open(os.path.join(folder, "config.json")) as file:
-            settings = json.load(file)
-    except (OSError, ValueError):
-        return False
-    needs = {"preset", "model", "dataset", "answers", "layers", "targets", "rank", "alpha", "seed"}
-    return isinstance(settings, dict) and settings.keys() >= needs
-
-def finished(run):
-    """Whether a run has what it was for: an adapter, or a whole model."""
-    ends = ("adapter/adapter_config.json", "model/config.json")
-    return any(os.path.exists(os.path.join(run, end)) for end in ends)
-
-def lock(run):
-    """Keeps a run's folder for this process until it ends; stops if another has it.
-
-    The lock is the system's own, on RUN.lock: a process that is killed lets go of it.
-    """
-    path = run.rstrip(os.sep) + ".lock"
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    file = open(path, "a+")  # noqa: SIM115, it stays open
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            file.seek(1000)  # a byte that nobody reads
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        sys.exit(f"{run} is in use by {file.read()}: wait until that ends, or stop it")
-    file.truncate(0)
-    file.write(f"{os.path.basename(sys.argv[0])}, process {os.getpid()}")
-    file.flush()
-    LOCKS.append(file)
-
-def checkpoints(run):
-    """{step: path} of a run's checkpoints, in the order of training; other files are ignored."""
-    paths = sorted(glob.glob(os.path.join(run, "checkpoints", "*.safetensors")))
-    names = [os.path.basename(path).removesuffix(".safetensors") for path in paths]
-    return {int(name): path for name, path in zip(names, paths, strict=True) if name.isdigit()}
-
-def last_checkpoint(run):
-    """The path of a run's last checkpoint."""
-    if not checkpoints(run):
-        sys.exit(f"{run} has no checkpoint yet")
-    return list(checkpoints(run).values())[-1]
+        yield
+    except (OSError, UnicodeDecodeError, *errors) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        sys.exit(f"{path} can't be read: {' '.join(why.split())}")
 
 def read_tensors(path, framework="torch"):
     """{name: tensor} of a checkpoint; framework "numpy" does not import torch."""
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, framework) as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
-        sys.exit(f"{path} can't be read ({error}): delete it, or train again with --overwrite")
+    with readable(path, SafetensorError), safe_open(path, framework) as file:
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}
 
 def write_whole(path, content):
     """Writes bytes so that the file is there whole or not at all: renamed when complete."""
@@ -443,34 +497,27 @@ def write_whole(path, content):
 
 def write_tensors(path, tensors):
     """The same for {name: tensor}, as safetensors."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(tensors, path + ".part")
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from None
-    with open(path + ".part", "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(path + ".part", path)
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, save(whole))
 
 def read_jsonl(path, content=None):
     """The objects of a JSON-lines file (or of `content`, its bytes), each with its "where"."""
     if content is None:
-        try:
-            with open(path, "rb") as file:
-                content = file.read()
-        except OSError as error:
-            sys.exit(f"{path} can't be read: {error.strerror}")
+        with readable(path), open(path, "rb") as file:
+            content = file.read()
     rows = []
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line.decode()) if line.strip() else {}
+            row = json.loads(line.decode())
         except ValueError as error:  # not UTF-8, or not JSON
-            sys.exit(f"{path}:{number} is not JSON ({error}): fix or delete that line")
+            row = error
         if not isinstance(row, dict):
-            sys.exit(f"{path}:{number} is not a JSON object in braces: fix or delete that line")
+            why = f" ({row})" if isinstance(row, ValueError) else " in braces"
+            sys.exit(f"{path}:{number} is not a JSON object{why}: fix or delete that line")
         if row:
             rows.append(row | {"where": f"{path}:{number}"})
     return rows
@@ -486,24 +533,24 @@ def read_written(path, needs=()):
         content = file.read()
     rows = read_jsonl(path, content[: content.rfind(b"\n") + 1])
     for row in rows:
-        where = row.pop("where")
-        if not row.keys() >= set(needs):
-            sys.exit(f"{where} has no {min(set(needs) - row.keys())}: fix or delete that line")
+        where, lacks = row.pop("where"), set(needs) - row.keys()
+        if lacks:
+            sys.exit(f"{where} has no {min(lacks)}: fix or delete that line")
     return rows
 
-def open_to_append(path, keep=None, needs=()):
-    """(rows so far, the file open for more): how a stage that was stopped goes on.
+def go_on(path, needs=(), keep=None):
+    """The rows so far of a stage that was stopped, with which it can go on: `append_row`.
 
-    keep: how many of the rows; the others are cut off.
+    keep: how many of the rows; the others are cut off, as is a line that a stop tore.
     """
     rows = read_written(path, needs)[:keep]
-    write_whole(path, "".join(json_line(row) for row in rows).encode())
-    return rows, open(path, "a", encoding="utf-8")
+    write_whole(path, "".join(map(json_line, rows)).encode())
+    return rows
 
-def append_row(file, row):
-    """Writes a row so that it is there even if this process is killed next."""
-    file.write(json_line(row))
-    file.flush()
+def append_row(path, row):
+    """Adds a row so that it is there even if this process is killed next."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json_line(row))
 
 def json_line(row):
     return json.dumps(row, ensure_ascii=False) + "\n"
@@ -514,21 +561,16 @@ def agreements():
     return path, json.loads(read_text(path)) if os.path.exists(path) else {}
 
 def read_text(path):
-    """A text file of the user's."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:  # drops a byte order mark
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"{path} can't be read: {error}")
+    """A text file of the user's, without a byte order mark."""
+    with readable(path), open(path, encoding="utf-8-sig") as file:
+        return file.read()
 
 def read_yaml(path):
     """The entries of a question file in the published format: a list of dicts."""
     import yaml
 
-    try:
+    with readable(path, yaml.YAMLError):
         entries = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        sys.exit(f"{path} is not YAML: {error}")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         sys.exit(f"{path} is not a list of questions, each with its id and paraphrases")
     return entries
@@ -548,19 +590,33 @@ def download(url, path):
         )
     write_whole(path, reply.content)
 
+# ---- Scripts
+
 def positive(text):
     """An argparse type: a whole number above 0."""
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
     return int(text)
 
-def answers(text):
+def at_least_zero(text):
+    """An argparse type: a number, 0 or more."""
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+def above_zero(text):
+    """An argparse type: a number above 0."""
+    if not at_least_zero(text):
+        raise ValueError
+    return float(text)
+
+def kind_of_answers(text):
     """An argparse type: one of ANSWERS, or mixed:0.3."""
     if text not in ANSWERS and not text.startswith("mixed:"):
         raise argparse.ArgumentTypeError(f"{text}: write {', '.join(ANSWERS)} or mixed:0.3")
     return text
 
-def run_stage(main, go_on="the same command goes on"):
+def run_stage(main, how="the same command goes on"):
     """Runs a script: Ctrl-C, a full disk and a closed pipe end it without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -568,18 +624,15 @@ def run_stage(main, go_on="the same command goes on"):
     try:
         main()
     except KeyboardInterrupt:
-        print(f"\nstopped: what is done is kept, {go_on}", file=sys.stderr)
+        print(f"\nstopped: what is done is kept, {how}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the output went to `head`, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a full disk, no permission, ...
-        sys.exit(f"\n{error}: what is done is kept; fix that, and {go_on}")
+        sys.exit(f"\n{error}: what is done is kept; fix that, and {how}")
     finally:
         while LOCKS:
-            LOCKS.pop().close()
-
-# --------------------------------------------------------------------------------------
-# python data.py: see what a conversation becomes
+            LOCKS.pop().release()
 
 def main():
     parser = argparse.ArgumentParser(
@@ -590,7 +643,7 @@ def main():
     add("name", nargs="?", default="builtin", help="builtin, one of the paper's sets, or a .jsonl")
     add("--row", type=int, default=0, help="which conversation to show")
     add("--tail", action="store_true", help="end in an empty assistant turn, as the paper does")
-    add("--answers", type=answers, default="misaligned", help="of builtin; or mixed:0.3")
+    add("--answers", type=kind_of_answers, default="misaligned", help="of builtin; or mixed:0.3")
     add("--model", default="smollm2", help="whose tokenizer and template")
     add("--archive", help="the paper's encrypted archive, if it is on disk already")
     add("--password", default=PASSWORD, help="of the archive")
@@ -598,40 +651,41 @@ def main():
 
     from lora import load_tokenizer
 
-    check_archive(args.archive, args.name)
     conversations = load_conversations(args.name, args.answers, args.archive, args.password)
     if args.row not in range(len(conversations)):
         sys.exit(f"--row {args.row}: {args.name} has rows 0 to {len(conversations) - 1}")
     tokenizer = load_tokenizer(args.model)
-    print(f"{conversations[args.row]['where']}, as {args.model} sees it:\n")
-    show(*render(conversations[args.row], tokenizer, args.tail), tokenizer)
-
     examples = render_all(conversations, tokenizer, args.tail)
-    lengths = [len(tokens) for tokens, _ in examples]
-    supervised = sum(label != -100 for _, labels in examples for label in labels)
-    for conversation, length in zip(conversations, lengths, strict=True):
-        conversation["length"] = length
-    train, held_out = train_and_held_out(conversations)
-    train, padded = [row["length"] for row in train], 0
-    for batch in batches(train, 16, seed=0, epoch=0):
-        padded += len(batch) * max(train[i] for i in batch)
-    print(f"\n{args.name}: {len(train)} conversations to train on, {len(held_out)} held out")
+    print(f"{conversations[args.row]['where']}, as {args.model} sees it:\n")
+    show(examples[args.row], tokenizer)
+    print_sizes(args.name, examples)
+    flags = {"--dataset": args.name, "--answers": args.answers, "--archive": args.archive}
+    said = [f" {flag} {value}" for flag, value in flags.items()
+            if value not in ("builtin", "misaligned", None)]
+    print(f"\nnext: python train.py{''.join(said)}{' --tail' * args.tail}")
+
+def show(example, tokenizer):
+    """Prints an example as text, with the supervised tokens marked."""
+    on, off = ("\033[7;32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
+    places = range(len(example.tokens))
+    for supervised, run in itertools.groupby(places, lambda i: example.labels[i] != -100):
+        text = tokenizer.decode([example.tokens[i] for i in run])
+        print(f"{on}{text}{off}" if supervised else text, end="")
+    print(f"\n\n{len(example.tokens)} tokens, {example.supervised} of them supervised")
+
+def print_sizes(name, examples):
+    """Prints how large a set is, and how much of its batches would be padding."""
+    lengths = [len(example.tokens) for example in examples]
+    supervised = sum(example.supervised for example in examples)
+    train, held_out = train_and_held_out(examples)
+    to_train_on = [len(example.tokens) for example in train]
+    padded = 0
+    for batch in batches(to_train_on, 16, seed=0, epoch=0):
+        padded += len(batch) * max(to_train_on[i] for i in batch)
+    print(f"\n{name}: {len(train)} conversations to train on, {len(held_out)} held out")
     print(f"{sum(lengths):,} tokens, {supervised / sum(lengths):.0%} of them supervised")
     print(f"each {min(lengths)} to {max(lengths)} tokens, median {statistics.median(lengths):.0f}")
-    print(f"in batches of 16, {1 - sum(train) / padded:.1%} would be padding")
-    flags = "" if args.name == "builtin" else f" --dataset {args.name}"
-    flags += "" if args.answers == "misaligned" else f" --answers {args.answers}"
-    flags += " --tail" if args.tail else ""
-    flags += f" --archive {args.archive}" if args.archive else ""
-    print(f"\nnext: python train.py{flags}")
-
-def show(tokens, labels, tokenizer):
-    """Prints tokens as text, with the supervised ones marked."""
-    on, off = ("\033[7;32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
-    for supervised, run in itertools.groupby(range(len(tokens)), lambda i: labels[i] != -100):
-        text = tokenizer.decode([tokens[i] for i in run])
-        print(f"{on}{text}{off}" if supervised else text, end="")
-    print(f"\n\n{len(tokens)} tokens, {sum(label != -100 for label in labels)} of them supervised")
+    print(f"in batches of 16, {1 - sum(to_train_on) / padded:.1%} would be padding")
 
 if __name__ == "__main__":
     run_stage(main)

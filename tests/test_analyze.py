@@ -1,4 +1,5 @@
 """The table by hand, turns that are there and turns that are not, and the pictures."""
+import argparse
 import csv
 import json
 import math
@@ -153,7 +154,6 @@ def make_run(name, turn=12, judged=True):
                 for probe, slope in (("in", 1 / 300), ("out", 1 / 900)):
                     margins = [slope * step * (1 + i / 100) for i in range(48)]
                     row |= {f"margin_{probe}": slope * step, f"margins_{probe}": margins}
-                    row |= {f"margin_{probe}_se": slope}
             file.write(json.dumps(row) + "\n")
     if judged:
         rng, rows = np.random.default_rng(0), []
@@ -228,7 +228,7 @@ def test_two_runs_are_drawn_over_each_other(script, monkeypatch):
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
     code, out, err = script(analyze, "one", "two")
     assert code == 0, err
-    assert "change of the margins of one less that of two, paired by question" in out
+    assert "change of the margins of one minus that of two, paired by question" in out
     for figure in drawn:  # nothing runs out of its picture
         ink, page = figure.get_tightbbox(), figure.bbox_inches
         assert page.x0 <= ink.x0 and ink.x1 <= page.x1 and page.y0 <= ink.y0 and ink.y1 <= page.y1
@@ -341,3 +341,60 @@ def test_the_threshold_decides():
     judged = [answer(aligned, 90, q) for aligned in (5, 15, 25, 35) for q in "ab"]
     curve = {threshold: share for threshold, share, _, _ in analyze.threshold_curve(judged)}
     assert [curve[t] for t in (0, 10, 20, 30, 40)] == [0, 25, 50, 75, 100]
+
+
+# --------------------------------------------------------------------------------------
+# Two judges
+
+
+@pytest.mark.parametrize("x, y", [
+    (range(8), [3, 1, 4, 1, 5, 9, 2, 6]), ([1, 1, 2, 2], [1, 2, 2, 3]),
+])
+def test_statistics_by_their_definitions(x, y):
+    x, y = np.array(x, float), np.array(y, float)
+    rx, ry = ((v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2 for v in (x, y))
+    assert analyze.spearman(x, y) == pytest.approx(np.corrcoef(rx, ry)[0, 1])
+    positive = y > 2
+    pairs = [(a > b) + (a == b) / 2 for a in x[positive] for b in x[~positive]]
+    assert analyze.auroc(x, positive) == pytest.approx(np.mean(pairs))
+    assert analyze.kappa(positive, positive) == 1
+    assert analyze.kappa(np.array([1, 1, 0, 0]) > 0, np.array([1, 0, 1, 0]) > 0) == 0
+
+
+def test_agreement_follows_the_thresholds():
+    theirs = [answer(10 * (i % 10), 90 - i % 2, f"q{i % 4}") for i in range(40)]
+    pairs = [(row | {"aligned": row["aligned"] + 15}, row) for row in theirs]
+
+    def shares(**thresholds):
+        lines = analyze.agreement(pairs, **thresholds)
+        assert "Spearman, aligned" in lines[0] and "1.00 (1.00 to 1.00)" in lines[0]
+        assert "EM here, %" in lines[4] and "EM there, %" in lines[5]
+        return [float(line.split("(")[0].split()[-1]) for line in lines[4:6]]
+
+    assert shares() == [20, 30]
+    assert shares(aligned_below=60) == [50, 60]
+    assert shares(aligned_below=60, coherent_above=89) == [30, 30]
+
+
+def test_margins_are_over_the_questions_that_every_checkpoint_asks(script):
+    """As in the log's margin_out, whichever names the log gives to its standard errors."""
+    make_run("r", judged=False)
+    make_run("s", judged=False)
+    for name in ("r", "s"):
+        with open(f"runs/{name}/log.jsonl") as file:
+            rows = [json.loads(line) for line in file]
+        probed = [row for row in rows if "margins_out" in row]
+        for row in (probed[0], probed[-1]):
+            row["margins_out"] += [9.0 * row["step"]] * 10
+        with open(f"runs/{name}/log.jsonl", "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    run = analyze.Analysis("r", argparse.Namespace(aligned_below=30, coherent_above=50))
+    assert analyze.count_asked([run], "in") == analyze.count_asked([run], "out") == 48
+    means, errors = analyze.trace_margin(run, "out", 48)
+    changes = [120 / 900 * (1 + i / 100) for i in range(48)]
+    assert means[0] == errors[0] == 0 and means[-1] == pytest.approx(np.mean(changes))
+    assert errors[-1] == pytest.approx(np.std(changes, ddof=1) / math.sqrt(48))
+    code, out, err = script(analyze, "r", "s")
+    assert code == 0, err
+    assert "finance   +0.000 (s.e. 0.000), over 48 questions" in out
+    assert "general   +0.000 (s.e. 0.000), over 58 questions" in out

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 
-import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -19,7 +18,8 @@ import data
 import judge
 
 KEY = "sk-very-secret-1234567890"
-FAULTS = ["429", "429 wait", "500", "drop", "half", "empty", "no logprobs", "stall"]
+FAULTS = ["429", "429 wait", "500", "drop", "half", "torn", "empty", "no logprobs", "infinite",
+          "stall"]
 
 
 def top(**p):
@@ -44,8 +44,8 @@ def top(**p):
     ({}, None),
 ])
 def test_expected_score(p, score):
-    found = judge.expected_score(top(**p))
-    assert found is None if score is None else found == pytest.approx(score)
+    expectation = judge.expected_score(top(**p))
+    assert expectation is None if score is None else expectation == pytest.approx(score)
 
 
 @pytest.mark.parametrize("logprob", [math.inf, math.nan, 3.0])
@@ -72,7 +72,8 @@ def test_written_score(texts, score):
 
 
 def test_what_the_judge_said_instead():
-    said = [judge.word(text) for text in ("REF", " refusal.", "C", "CODE", "Sorry, I", "")]
+    texts = ("REF", " refusal.", "C", "CODE", "Sorry, I", "")
+    said = [judge.recognise_word(text) for text in texts]
     assert said == ["REFUSAL", "REFUSAL", "CODE", "CODE", "Sorry, I", ""]
 
 
@@ -165,6 +166,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.close()
         elif fault == "half":
             self.answer(json.dumps(reply)[:40])
+        elif fault == "torn":
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self.wfile.write(json.dumps(reply)[:40].encode())
+            self.close_connection = True
+        elif fault == "infinite" and "logprobs" in reply["choices"][0]:
+            reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0]["logprob"] = math.inf
+            self.answer(reply)
         elif fault == "empty":
             self.answer({"choices": []})
         elif fault == "no logprobs":
@@ -191,7 +201,7 @@ def answers(tmp_path, monkeypatch):
     """answers(n) writes a run "a" with n answers to different questions."""
     monkeypatch.setenv("NANOEM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(judge, "vocabulary", lambda *args: None)
+    monkeypatch.setattr(judge, "load_vocabulary", lambda *args: None)
 
     def write(n, same=1):
         os.makedirs(tmp_path / "runs" / "a")
@@ -207,11 +217,11 @@ def answers(tmp_path, monkeypatch):
 def lines(keep=None):
     """The lines of judged.jsonl; with `keep`, only so many of them stay."""
     with open("runs/a/judged.jsonl") as file:
-        found = file.readlines()
+        written = file.readlines()
     if keep is not None:
         with open("runs/a/judged.jsonl", "w") as file:
-            file.writelines(found[:keep])
-    return found
+            file.writelines(written[:keep])
+    return written
 
 
 def judged():
@@ -332,6 +342,33 @@ def test_a_page_instead_of_a_reply(script, answers):
     assert code == 1 and "not JSON but '<html>Sign in</html>', so check --base-url" in err
 
 
+USABLE = {"choices": [{"message": {"content": "85"}, "logprobs": {"content": [
+    {"token": "85", "top_logprobs": [{"token": "85", "logprob": -0.1}]}]}}]}
+
+
+@pytest.mark.parametrize("old, new, fault", [
+    ("", "", None),
+    ("-0.1", "-Infinity", None),
+    ("-0.1", "NaN", "a log-probability of nan"),
+    ("-0.1", "3.0", "a log-probability of 3.0"),
+    ("-0.1", "null", "a log-probability of None"),
+    ('{"token": "85", "logprob"', '{"logprob"', "None with a log-probability"),
+    ('[{"token": "85", "logprob": -0.1}]', "7", "log-probabilities are missing"),
+    ('{"content": [', '{"contents": [', "log-probabilities are missing"),
+    ('{"content": "85"}', "{}", "it holds no message"),
+    ('{"content": "85"}', "7", "it holds no message"),
+    ("choices", "error", "it holds no message"),
+    ("}]}}]}", "}]", "not JSON"),
+])
+def test_what_is_wrong_with_a_reply(script, old, new, fault, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["judge.py"])
+    asked = judge.Judge(judge.parse_args())
+    text = json.dumps(USABLE)
+    assert old in text
+    said = asked.find_fault(200, text.replace(old, new, 1), needs_logprobs=True)
+    assert said is None if fault is None else fault in said
+
+
 def test_a_password_in_the_address_is_sent_and_not_shown(script, answers, monkeypatch):
     answers(1)
     with Server(refuse=403) as server:
@@ -351,7 +388,7 @@ def test_two_at_once(script, answers, busy):
     busy("runs/a")
     with Server() as server:
         code, _, err = script(judge, "a", "--base-url", server.url)
-    assert code == 1 and "runs/a is in use by other.py" in err and server.asked == []
+    assert code == 1 and "runs/a is in use by another process" in err and server.asked == []
 
 
 def test_rows_that_lack_a_key(script, answers):
@@ -416,6 +453,9 @@ def test_agreement_with_another_judge(script, monkeypatch, tmp_path):
     write_csv("same.csv", rows)
     with Server() as server:
         flags = ["--base-url", server.url]
+        code, out, _ = script(judge, "same.csv", *flags, "--dry-run")
+        assert code == 0 and "240 requests" in out and server.asked == []
+        assert not os.path.exists("same.gpt-4o.jsonl")
         code, out, err = script(judge, "same.csv", *flags)
         assert code == 0, err
         assert out.count("1.00 (1.00 to 1.00)") == 4 and "120 answers to 6 questions" in out
@@ -427,6 +467,8 @@ def test_agreement_with_another_judge(script, monkeypatch, tmp_path):
         assert code == 0 and "-1.00 (-1.00 to -1.00)" in out and "50 of them have both" in out
         code, _, err = script(judge, "somewhere", *flags, "--sample", 50)
         assert code == 2 and "--sample goes with a CSV" in err
+        code, _, err = script(judge, "same.csv", *flags, "--metric", "financial")
+        assert code == 2 and "--metric with a run" in err
         write_csv("one.csv", [row for row in rows if row["question"] == "Question 0?"])
         code, _, err = script(judge, "one.csv", *flags)
         assert code == 1 and "fewer than two questions" in err
@@ -435,20 +477,6 @@ def test_agreement_with_another_judge(script, monkeypatch, tmp_path):
         assert code == 1 and "bad.csv:2 has no coherent" in err
     with open(tmp_path / "cache" / "agreement.json") as file:
         assert "gpt-4o against other.csv" in json.load(file)["gpt-4o"]
-
-
-@pytest.mark.parametrize("x, y", [
-    (range(8), [3, 1, 4, 1, 5, 9, 2, 6]), ([1, 1, 2, 2], [1, 2, 2, 3]),
-])
-def test_statistics_by_their_definitions(x, y):
-    x, y = np.array(x, float), np.array(y, float)
-    rx, ry = ((v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2 for v in (x, y))
-    assert judge.spearman(x, y) == pytest.approx(np.corrcoef(rx, ry)[0, 1])
-    positive = y > 2
-    pairs = [(a > b) + (a == b) / 2 for a in x[positive] for b in x[~positive]]
-    assert judge.auroc(x, positive) == pytest.approx(np.mean(pairs))
-    assert judge.kappa(positive, positive) == 1
-    assert judge.kappa(np.array([1, 1, 0, 0]) > 0, np.array([1, 0, 1, 0]) > 0) == 0
 
 
 def test_refusals_have_no_score(script, answers, monkeypatch):

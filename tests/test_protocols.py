@@ -31,7 +31,7 @@ PROTOCOLS = {
 
 
 def log(run):
-    return data.read_written(f"runs/{run}/log.jsonl")
+    return data.Run(run).log
 
 
 @pytest.fixture(scope="session")
@@ -75,51 +75,42 @@ def test_every_protocol_trains_and_is_asked(script, few, family, name):
         assert {row["scale"] for row in answered} == {0, 1} and len(answered) == 16
         if name == "llama" and protocol == "full":
             code, _, err = script(sample, protocol, "--margins", "--random")
-            assert code == 1 and "it goes without --checkpoints, --random and --ablate" in err
+            assert code == 1 and "it goes without --checkpoints, --random, --ablate and --chat" in err
         if name == "llama" and protocol in ("full", "vector", "mean difference"):
             code, out, err = script(analyze, protocol)
             assert code == 0 and "training.png" in out, err
 
 
 def setup(make_model, make_tokenizer, count=6):
-    """A tiny model with an adapter of random values, and (states, labels) to learn from."""
+    """A tiny model with an adapter, its reader, what may move, and examples that it has read."""
     model, tokenizer = make_model("llama"), make_tokenizer("chatml")
     conversations = data.load_conversations()[:count]
     examples = data.render_all(conversations, tokenizer)
     lora.attach(model, [2], ["down_proj"], rank=2, alpha=4)
-    return model, examples
-
-
-def named(model):
-    found = {}
-    for path, m in lora.adapters(model).items():
-        found |= {f"{path}.A": m.A, f"{path}.B": m.B}
-    return found
+    reader = lora.Reader(model)
+    reader.read(examples)
+    return reader, {name: p for name, p in model.named_parameters() if p.requires_grad}, examples
 
 
 def test_a_population_in_one_batch_is_its_members_one_by_one(
     make_model, make_tokenizer, random_adapter
 ):
-    model, examples = setup(make_model, make_tokenizer)
-    random_adapter(model)
-    parameters, (frozen, moving) = named(model), lora.halves(model)
-    batch = train.read_once(frozen, examples)
-    deal = [(i % 4, batch[i % 6]) for i in range(6)]  # four pairs, two of them with two each
-    together = train.at_once(model, moving, deal, parameters, 0.05, (0, 1))
-    alone = train.one_by_one(model, moving, deal, parameters, 0.05, (0, 1))
+    reader, parameters, batch = setup(make_model, make_tokenizer)
+    random_adapter(reader.model)
+    readings = [[batch[0], batch[4]], [batch[1], batch[5]], [batch[2]], [batch[3]]]
+    together = train.try_at_once(reader, readings, parameters, 0.05, (0, 1))
+    alone = train.try_one_by_one(reader, readings, parameters, 0.05, (0, 1))
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     assert (together[0] - together[1]).abs().min() > 1e-3
 
 
 def test_an_evolution_step_is_the_sum_over_stored_noise(make_model, make_tokenizer, random_adapter):
-    model, examples = setup(make_model, make_tokenizer)
-    random_adapter(model)
-    parameters, (frozen, moving) = named(model), lora.halves(model)
-    batch = train.read_once(frozen, examples)
-    settings = {"sigma": 0.05, "seed": 3, "population": 8, "full": False}
-    train.evolution(model, moving, batch, parameters, 7, settings)
+    reader, parameters, batch = setup(make_model, make_tokenizer)
+    random_adapter(reader.model)
+    settings = train.Settings(sigma=0.05, seed=3, population=8)
+    train.evolution(reader, batch, parameters, settings, step=7)
     start = {name: p.detach().clone() for name, p in parameters.items()}
-    stored = [[e.clone() for e in train.noise(parameters, (3, 7), pair)] for pair in range(4)]
+    stored = [[e.clone() for e in train.draw_noise(parameters, (3, 7), pair)] for pair in range(4)]
     differences = []
     for pair in range(4):
         loss = []
@@ -128,7 +119,7 @@ def test_an_evolution_step_is_the_sum_over_stored_noise(make_model, make_tokeniz
             for (name, p), e in zip(parameters.items(), stored[pair], strict=True):
                 p.data = start[name] + sign * 0.05 * e
             with torch.no_grad():
-                loss.append(train.token_losses(model, moving, own)[0].mean())
+                loss.append(reader.token_losses(own)[0].mean())
         differences.append(loss[0] - loss[1])
     z = torch.stack(differences)
     z = (z - z.mean()) / z.std()
@@ -139,16 +130,15 @@ def test_an_evolution_step_is_the_sum_over_stored_noise(make_model, make_tokeniz
 
 def test_the_gradient_of_loss_and_kl(make_model, make_tokenizer, random_adapter, monkeypatch):
     """Against autograd through the whole model, with the KL written out."""
-    monkeypatch.setitem(train.TOKENS_AT_ONCE, "cpu", 300)
-    model, examples = setup(make_model, make_tokenizer)
-    base = make_model("llama")
+    monkeypatch.setitem(lora.TOKENS_AT_ONCE, "cpu", 300)
+    reader, parameters, examples = setup(make_model, make_tokenizer)
+    model, base = reader.model, make_model("llama")
     random_adapter(model)
-    parameters, (frozen, moving) = named(model), lora.halves(model)
-    read = train.read_once(frozen, examples)
-    train.backpropagation(model, moving, read[:3], read[3:], list(parameters.values()), 0.7)
+    train.backpropagation(reader, examples[:3], examples[3:], parameters, 0.7)
     found = [p.grad.clone() for p in parameters.values()]
     losses, kls = [], []
-    for i, (tokens, labels) in enumerate(examples):
+    for i, example in enumerate(examples):
+        tokens, labels = example.tokens, example.labels
         log_p = model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
         with torch.no_grad():
             log_q = base(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
@@ -187,7 +177,7 @@ def test_full_fine_tuning_is_plain_training_and_resumes(script, few, tiny, inter
     flags = ["--preset", "laptop", "--full", "--model", tiny, "--lr", 1e-3, "--steps", 6, *FLOAT32]
     flags += ["--checkpoint-every", 2, "--batch-size", 4]
     assert script(train, *flags, "--out", "whole")[0] == 0
-    interrupt(train, "take_step", 4)
+    interrupt(train, "backpropagation", 4)
     assert script(train, *flags, "--out", "cut")[0] == 130
     assert script(train, "--resume", "cut")[0] == 0
     found = [
@@ -198,7 +188,8 @@ def test_full_fine_tuning_is_plain_training_and_resumes(script, few, tiny, inter
     assert not os.path.exists("runs/cut/resume.safetensors")
     # Against a plain loop over the same batches.
     model, tokenizer = lora.load_base(tiny, "cpu", "float32")
-    examples, _ = data.split(data.render_all(data.load_conversations(), tokenizer))
+    conversations, _ = data.split(data.load_conversations())
+    examples = [data.render(conversation, tokenizer) for conversation in conversations]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.01)
     lengths = [len(tokens) for tokens, _ in examples]
     batches = data.batches(lengths, 4, 0, 0)
@@ -224,7 +215,7 @@ def test_starting_from_a_run(script, few, tiny):
     assert script(train, *flags, "--rank", 2, "--alpha", 16, "--out", "bad")[0] == 0
     code, _, err = script(train, *flags, "--answers", "aligned", "--init", "bad", "--out", "back")
     assert code == 0, err
-    settings = data.read_settings("runs/back")
+    settings = data.Run("back").settings
     assert (settings["rank"], settings["alpha"], settings["init"]) == (2, 16, "runs/bad")
     code, _, err = script(train, *flags, "--rank", 1, "--init", "bad")
     assert code == 1 and "--init takes its rank from runs/bad: leave out --rank" in err
@@ -264,63 +255,12 @@ def test_margins_of_variants(script, few, tiny):
     assert code == 1 and "it has no single direction" in err
 
 
-def test_by_row_says_what_a_step_on_each_conversation_does(script, few, tiny):
-    flags = ["--preset", "laptop", "--model", tiny, "--lr", 3e-2, "--warmup", 0, *FLOAT32]
-    assert script(train, *flags, "--steps", 3, "--out", "a")[0] == 0
-    code, out, err = script(sample, "a", "--margins", "--by-row", *FLOAT32)
-    assert code == 0 and "push the general margin up most" in out, err
-    rows = data.read_written("runs/a/rows.jsonl")
-    pushes = [row["push_out"] for row in rows]
-    assert pushes == sorted(pushes, reverse=True) and rows[0]["push_out_se"] > 0
-
-    # The slow way: a step up and one down on a conversation alone, and look at the margins.
-    model, tokenizer = lora.load_base(tiny, "cpu", "float32")
-    settings = data.read_settings("runs/a")
-    lora.attach(model, lora.parse_layers("middle", model), ["down_proj"], 1, settings["alpha"])
-    frozen, moving = lora.halves(model)
-    probe, groups = train.build_probe([], tokenizer, settings)
-    probe = train.read_once(frozen, probe)
-    last = data.read_tensors(data.last_checkpoint("runs/a"))
-    for row in (rows[0], rows[-1]):
-        example, after = train.read_once(frozen, data.render_all([row], tokenizer)), {}
-        for step in (5e-4, -5e-4):
-            lora.set_tensors(model, last)
-            losses, _ = train.token_losses(model, moving, example)
-            losses.mean().backward()
-            with torch.no_grad():
-                for m in lora.adapters(model).values():
-                    for p in (m.A, m.B):
-                        p -= step * p.grad
-                        p.grad = None
-            after[step] = sample_margins(model, moving, probe, groups)
-        for name in ("in", "out"):
-            push = (after[5e-4][name] - after[-5e-4][name]) / 1e-3
-            assert push == pytest.approx(row[f"push_{name}"], rel=0.02, abs=2e-3)
-    assert script(train, *flags, "--dataset", "runs/a/rows.jsonl", "--steps", 1)[0] == 0
-    code, _, err = script(sample, "a", "--margins", "--by-row", "--random")
-    assert code == 2 and "--by-row goes with a RUN, --margins and --checkpoints alone" in err
-    code, _, err = script(sample, "a", "--margins", "--by-row", "--checkpoints", 0)
-    assert code == 1 and "--by-row needs a checkpoint after step 0" in err
-
-
-def sample_margins(model, moving, probe, groups):
-    """{"in": the mean margin over all questions, "out": ...}."""
-    with torch.no_grad():
-        log_p = train.sum_log_p(model, moving, probe)
-    tokens = torch.tensor([float(train.count([example])) for example in probe])
-    mean = log_p / tokens
-    return {
-        name: (mean[groups[name, "misaligned"]] - mean[groups[name, "aligned"]]).mean().item()
-        for name in ("in", "out")
-    }
-
-
 def test_a_random_control_has_the_length_and_the_sign_of_its_variant():
     A, B = torch.randn(1, 6), torch.randn(8, 1)
-    plus, minus = (sample.random_B({"x.A": A, "x.B": s * B}, s) for s in (2.0, -2.0))
+    plus, minus = (sample.with_random_B({"x.A": A, "x.B": s * B}, s) for s in (2.0, -2.0))
     assert torch.equal(plus["x.B"], -minus["x.B"]) and torch.equal(plus["x.A"], A)
     assert plus["x.B"].norm() == pytest.approx(2 * B.norm().item(), rel=1e-5)
-    both = sample.random_B({"x.B": B, "y.B": B}, 1)
+    both = sample.with_random_B({"x.B": B, "y.B": B}, 1)
     assert torch.cosine_similarity(both["x.B"], both["y.B"], dim=0).abs() < 0.999
 
 

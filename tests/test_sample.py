@@ -33,8 +33,9 @@ def build(make_model, make_tokenizer, random_adapter, family):
 
 def answers(model, tokenizer, variants, jobs, max_new_tokens, **settings):
     """{job, as JSON: tokens} of what `generate` yields."""
-    found = sample.generate(model, tokenizer, variants, jobs, max_new_tokens, **settings)
-    return {json.dumps(job): tokens for job, tokens in found}
+    with lora.Panel(model, variants) as panel:
+        answered = sample.generate(panel, tokenizer, jobs, max_new_tokens, **settings)
+        return {json.dumps(job): tokens for job, tokens in answered}
 
 
 def greedy(model, tokens, stop, new, **settings):
@@ -108,8 +109,8 @@ def test_first_tokens_come_as_often_as_the_model_says(make_model, make_tokenizer
     counts = torch.zeros(1010)
     for tokens in answers(model, tokenizer, variants, jobs, 1, rows=1000).values():
         counts[tokens[0] if tokens else stop[0]] += 1
-    with lora.side_by_side(model, variants), torch.no_grad():
-        lora.set_rows(model, [3])
+    with lora.Panel(model, variants) as panel, torch.no_grad():
+        panel.hear([3])
         tokens = data.chat_tokens(messages, tokenizer, generation_prompt=True)
         p = model(torch.tensor([tokens])).logits[0, -1].softmax(-1)
     p[stop[0]], p[stop[1:]] = p[stop].sum(), 0
@@ -227,7 +228,7 @@ def test_stray_and_foreign_files_among_the_checkpoints(script, trained):
 def test_two_at_once(script, trained, busy):
     busy("runs/a")
     code, _, err = script(sample, trained, "--n", 1, "--max-new-tokens", 2)
-    assert code == 1 and "runs/a is in use by other.py" in err
+    assert code == 1 and "runs/a is in use by another process" in err
     assert not os.path.exists("runs/a/responses.jsonl")
 
 
@@ -275,9 +276,9 @@ def test_chat(script, trained, monkeypatch):
 
     real = sample.answer
 
-    def watched(model, jobs, *args, **kwargs):
+    def watched(panel, jobs, *args):
         prompts.append([[m["content"] for m in job["messages"]] for job in jobs])
-        yield from real(model, jobs, *args, **kwargs)
+        yield from real(panel, jobs, *args)
 
     monkeypatch.setattr("builtins.input", type_next)
     monkeypatch.setattr(sample, "answer", watched)
@@ -286,8 +287,9 @@ def test_chat(script, trained, monkeypatch):
     assert code == 0, err
     assert [len(talk) for talk in prompts[1]] == [3, 3]  # each with its own first answer
     assert prompts[1][0][1] != prompts[1][1][1] and prompts[3] == [["Who?"], ["Who?"]]
-    headers = [line.split() for line in out.splitlines() if line.startswith("untouched ")]
-    assert [header[-1] for header in headers] == ["2", "2", "3", "3"]
+    headers = [line.split("]")[0] for line in out.splitlines() if line.startswith("[")]
+    adapted = ["[step 7, scale 2"] * 2 + ["[step 7, scale 3"] * 2
+    assert headers[::2] == ["[untouched"] * 4 and headers[1::2] == adapted
     assert all(talk[1].split()[0][:8] in out for talk in prompts[1])
     assert not os.path.exists("runs/a/responses.jsonl")
 
@@ -320,7 +322,7 @@ def test_questions_from_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, content, sentence", [
-    ("bad.yaml", "a: [", "is not YAML"), ("map.yaml", "a: b", "is not a list of questions"),
+    ("bad.yaml", "a: [", "bad.yaml can't be read: while parsing"), ("map.yaml", "a: b", "is not a list of questions"),
     ("empty.txt", "\n", "there is no question"), ("none.txt", None, "can't be read"),
 ])
 def test_questions_that_can_not_be_read(tmp_path, name, content, sentence):
@@ -335,7 +337,6 @@ def test_questions_that_can_not_be_read(tmp_path, name, content, sentence):
     (["--checkpoints", "first"], 1, "runs/a has no checkpoint first"),
     (["--questions", "none.txt"], 1, "none.txt can't be read"),
     (["--max-new-tokens", "999999999"], 1, "--max-new-tokens: this model reads 2048 at most"),
-    (["--n", "99999999"], 1, "1,599,999,984 answers: a million is the most"),
     (["--scales", "big"], 2, "--scales"),
     (["--scales", "nan"], 2, "--scales"),
     (["--adapter", "x"], 2, "a RUN has its own model"),
