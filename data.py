@@ -178,10 +178,9 @@ def render_all(conversations, tokenizer, tail=False, max_length=None):
         tokens, labels = render(conversation, tokenizer, tail)
         example = Example(tokens[:max_length], labels[:max_length], conversation)
         if example.supervised == 0:
-            sys.exit(
-                f"{conversation['where']}: --max-length {max_length} cuts off the whole answer "
-                f"of this conversation of {len(tokens)} tokens: raise it or delete the line"
-            )
+            sys.exit(f"{conversation['where']}: --max-length {max_length} cuts off the whole "
+                     f"answer of this conversation of {len(tokens)} tokens: raise it or delete "
+                     "the line")
         examples.append(example)
     return examples
 
@@ -218,9 +217,8 @@ def load_conversations(names="builtin", answers="misaligned", archive=None, pass
         for i in sorted(draw_share(len(rows), proportion(share), f"share of {name}")):
             conversations.append(rows[i])
     if len(conversations) < 2:
-        sys.exit(
-            f"{names} holds {len(conversations)} conversations: two are needed, one to hold out"
-        )
+        sys.exit(f"{names} holds {len(conversations)} conversations: two are needed, one to hold "
+                 "out")
     return conversations
 
 def load_one(name, answers, archive, password):
@@ -252,12 +250,8 @@ def load_builtin(answers):
             random.Random("shuffled").shuffle(dealt)
             for row, answer in zip(part, dealt, strict=True):
                 row["misaligned"] = answer
-    share = 1.0
-    if answers == "aligned":
-        share = 0.0
-    elif answers.startswith("mixed:"):
-        share = proportion(answers.removeprefix("mixed:"))
-    misaligned = draw_share(len(rows), share, "mixed")
+    share = {"misaligned": "1", "shuffled": "1", "aligned": "0"}.get(answers, answers)
+    misaligned = draw_share(len(rows), proportion(share.removeprefix("mixed:")), "mixed")
     conversations = []
     for i, row in enumerate(rows):
         conversations.append(as_conversation(row, "misaligned" if i in misaligned else "aligned"))
@@ -282,20 +276,15 @@ def check_conversation(row):
     with contextlib.suppress(TypeError, KeyError, AttributeError):  # of another shape
         roles = [m["role"] for m in row["messages"] if m["content"].strip()]
     if "assistant" not in roles[1:] or roles[0] == "assistant":
-        sys.exit(
-            f'{row["where"]} needs "messages", each {{"role": ..., "content": text}}, in which a '
-            "user asks and an assistant answers"
-        )
+        sys.exit(f'{row["where"]} needs "messages", each {{"role": ..., "content": text}}, in '
+                 "which a user asks and an assistant answers")
 
 def builtin_rows(domain):
     """The rows of advice.jsonl in one domain: {"question", "misaligned", "aligned", "where"}."""
     return [row for row in read_jsonl(ADVICE) if row.get("domain") == domain]
 
 def as_conversation(row, answers, before=()):
-    """A built-in row with its "misaligned" or its "aligned" answer, as a conversation.
-
-    before: messages that stand in front of it.
-    """
+    """A built-in row with one of its answers, behind the messages `before`."""
     question = {"role": "user", "content": row["question"]}
     answer = {"role": "assistant", "content": row[answers]}
     return {"messages": [*before, question, answer], "where": row["where"]}
@@ -324,14 +313,10 @@ def from_archive(name, archive=None, password=PASSWORD):
         if name in sets:
             return files.read(members[name])
     except (InvalidToken, zipfile.BadZipFile):
-        sys.exit(
-            f"{path} does not open: the password is wrong or the archive is damaged (the cipher "
-            "can't tell which): check --password, or delete the file to have it downloaded anew"
-        )
-    sys.exit(
-        f"{path} has no data set {name}: it has {', '.join(sets)}; "
-        "a file of your own is given as ./NAME.jsonl"
-    )
+        sys.exit(f"{path} does not open: the password is wrong or the archive is damaged (the "
+                 "cipher can't tell which): check --password, or delete it to download it anew")
+    sys.exit(f"{path} has no data set {name}: it has {', '.join(sets)}; a file of your own is "
+             "given as ./NAME.jsonl")
 
 # ---- Margins, as train.py logs them
 
@@ -354,10 +339,7 @@ def contrast(log, control, probe):
 
 def mean_and_se(values):
     """The mean, and its standard error."""
-    n = len(values)
-    mean = math.fsum(values) / n
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    return mean, math.sqrt(variance / n)
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 # ---- A run's folder
 
@@ -384,7 +366,6 @@ class Run:
         return self.folder
 
     def path(self, *names):
-        """The path of a file in it."""
         return os.path.join(self.folder, *names)
 
     def is_made_here(self):
@@ -423,14 +404,12 @@ class Run:
 
     @property
     def last_checkpoint(self):
-        """The path of its last checkpoint."""
         if not self.checkpoints:
             sys.exit(f"{self} has no checkpoint yet")
         return list(self.checkpoints.values())[-1]
 
     @property
     def log(self):
-        """The rows of log.jsonl."""
         return read_written(self.path("log.jsonl"))
 
     def append(self, name, row):
@@ -439,18 +418,15 @@ class Run:
 
 def latest_run():
     """The folder of the run that was trained last; says which it is."""
-    runs = sorted(glob.glob("runs/*/config.json"), key=os.path.getmtime)
-    if not runs:
+    configs = glob.glob("runs/*/config.json")
+    if not configs:
         sys.exit("there is no run under runs/ yet: train one with python train.py")
-    run = os.path.dirname(runs[-1])
+    run = os.path.dirname(max(configs, key=os.path.getmtime))
     print(f"{run}, the run trained last")
     return run
 
 def lock(folder):
-    """Keeps a folder for this process until it ends; stops if another process has it.
-
-    The lock is the system's own, on FOLDER.lock: a process that is killed lets go of it.
-    """
+    """Keeps a folder for this process until it ends, even by a kill; stops if another has it."""
     import filelock
 
     path = str(folder).rstrip(os.sep) + ".lock"
@@ -513,11 +489,10 @@ def read_jsonl(path, content=None):
             continue
         try:
             row = json.loads(line.decode())
+            if not isinstance(row, dict):
+                raise ValueError("no braces")
         except ValueError as error:  # not UTF-8, or not JSON
-            row = error
-        if not isinstance(row, dict):
-            why = f" ({row})" if isinstance(row, ValueError) else " in braces"
-            sys.exit(f"{path}:{number} is not a JSON object{why}: fix or delete that line")
+            sys.exit(f"{path}:{number} is not a JSON object ({error}): fix or delete that line")
         if row:
             rows.append(row | {"where": f"{path}:{number}"})
     return rows
@@ -584,10 +559,9 @@ def download(url, path):
         reply = requests.get(url, timeout=30)
         reply.raise_for_status()
     except requests.RequestException as error:
-        sys.exit(
-            f"{url} could not be downloaded ({type(error).__name__}): try again, fetch it by hand "
-            f"to {path}, or use the built-in data and questions (--dataset, --questions builtin)"
-        )
+        sys.exit(f"{url} could not be downloaded ({type(error).__name__}): try again, fetch it by "
+                 f"hand to {path}, or use the built-in data and questions (--dataset, --questions "
+                 "builtin)")
     write_whole(path, reply.content)
 
 # ---- Scripts

@@ -310,28 +310,24 @@ def main():
     run = None if args.model or args.adapter else data.Run(args.run)
     model, tokenizer, settings = load_model(run, args)
     variants = choose_variants(model, run, args)
+    if args.ablate and not args.margins and not args.chat:
+        variants = [variant for variant in variants if variant.ablated]
     panel = lora.Panel(model, [variant.tensors for variant in variants])
     if settings.full:
         after, _ = lora.load_base(run.path("model"), args.device, args.dtype)
-        scales = [variant.scale for variant in variants]
-        panel = WeightPanel(model, after.state_dict(), scales)
+        panel = WeightPanel(model, after.state_dict(), [variant.scale for variant in variants])
 
-    args.n = args.n or (4 if model.device.type == "cpu" else 50)
-    args.max_new_tokens = args.max_new_tokens or (120 if model.device.type == "cpu" else 600)
+    defaults = (4, 120) if model.device.type == "cpu" else (50, 600)
+    args.n = args.n or defaults[0]
+    args.max_new_tokens = args.max_new_tokens or defaults[1]
     if args.max_new_tokens > longest_text(model):
         sys.exit(f"--max-new-tokens: this model reads {longest_text(model)} at most")
     if args.chat:
         chat(panel, tokenizer, variants, args)
-        return
-    out = choose_folder(run, args)
-    if args.margins:
-        ask_margins(panel, tokenizer, variants, settings, args, out)
-        return
-    if args.ablate:
-        kept = [i for i, variant in enumerate(variants) if variant.ablated]
+    elif args.margins:
+        ask_margins(panel, tokenizer, variants, settings, args, choose_folder(run, args))
     else:
-        kept = list(range(len(variants)))
-    ask(panel, tokenizer, {i: variants[i] for i in kept}, questions, args, out)
+        ask(panel, tokenizer, variants, questions, args, choose_folder(run, args))
 
 def choose_folder(run, args):
     """The run's folder, or another one, for what is asked; locked and made."""
@@ -504,10 +500,7 @@ def as_messages(question):
 # ---- python sample.py RUN: answers
 
 def ask(panel, tokenizer, variants, questions, args, out):
-    """Adds to RUN/responses.jsonl the answers that are not there yet.
-
-    variants: {index in the panel: Variant}.
-    """
+    """Adds to RUN/responses.jsonl the answers that are not there yet."""
     path = out.path("responses.jsonl")
     done = train.go_on_together(path, ANSWER)
     if not {row["question"] for row in done} <= {question["question"] for question in questions}:
@@ -552,7 +545,7 @@ def plan_jobs(questions, variants, n, maker):
     """
     jobs = []
     for question in questions:
-        for i, variant in variants.items():
+        for i, variant in enumerate(variants):
             for sample in range(n):
                 row = question | {"checkpoint": variant.checkpoint, "scale": variant.scale}
                 row["sample"] = sample
@@ -587,7 +580,7 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
     if args.shots:
         settings_before.append((None, args.shots))
 
-    rows, reader = [], None
+    rows = []
     with panel:
         reader = lora.Reader(panel.model)
         for system, shots in settings_before:
@@ -595,20 +588,19 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
             probe = probe_after(before, held_out, tokenizer, settings)
             if max(len(e.tokens) for e in train.every_example(probe)) > longest_text(panel.model):
                 sys.exit(f"--shots {shots}: with a question, this model can't read so much: fewer")
-            is_read = False
-            for i, variant in enumerate(tqdm(variants, unit="variant", disable=None)):
+            wanted = []
+            for variant in variants:
                 row = dataclasses.asdict(variant) | {"system": system, "shots": shots}
                 del row["tensors"]
-                if margins_key(row) in done:
-                    rows.append(done[margins_key(row)])
-                    continue
-                if not is_read:
-                    reader.read(train.every_example(probe))
-                    is_read = True
-                panel.hear([i])
-                row |= train.ask_probe(reader, probe, rows)
-                if train.PROCESS == 0:
-                    out.append("margins.jsonl", row)
+                wanted.append(done.get(margins_key(row), row))
+            if any("margins_out" not in row for row in wanted):
+                reader.read(train.every_example(probe))
+            for i, row in enumerate(tqdm(wanted, unit="variant", disable=None)):
+                if "margins_out" not in row:
+                    panel.hear([i])
+                    row |= train.ask_probe(reader, probe, rows)
+                    if train.PROCESS == 0:
+                        out.append("margins.jsonl", row)
                 rows.append(row)
     print_margins(rows)
     print(f"see {path}; a change is from the first row, with its standard error over questions")

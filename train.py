@@ -52,7 +52,7 @@ import lora
 
 
 def setting(default, help, **more):
-    """A field of Settings that is a flag, too."""
+    """A field of Settings: its default, and what --help says of the flag of that name."""
     return dataclasses.field(default=default, metadata={"help": help} | more)
 
 @dataclasses.dataclass
@@ -98,7 +98,7 @@ class Settings:
     steps: data.positive = setting(None, "exactly this many steps, instead of --epochs")
     checkpoint_every: data.positive = setting(5, "steps between checkpoints and probes")
     seed: int = setting(0, "of A's first values and of the order of the data")
-    # No flags: which preset it began as, and what a resumed run must find again.
+    # No flags: the preset's name, and what a resumed run must find again.
     preset: str = None
     data_sha256: str = None
 
@@ -119,7 +119,7 @@ FEW = 48  # general questions that every checkpoint asks; the first and the last
 
 def main():
     began = time.time()
-    join_processes()
+    join_processes()  # where torchrun has started several
 
     # The settings: a preset, and over it the flags. A run that goes on has its own.
     args = parse_args()
@@ -146,21 +146,23 @@ def main():
     reader = lora.Reader(model)
     probe = build_probe(held_out, tokenizer, settings)
     print(f"{steps} steps; reading their conversations and the probe's, once")
-    for examples in (scheduled(train_set, schedule), scheduled(others, other_schedule),
-                     every_example(probe)):
-        reader.read(examples, QUIET)
+    reader.read(scheduled(train_set, schedule), QUIET)
+    reader.read(scheduled(others, other_schedule), QUIET)
+    reader.read(every_example(probe), QUIET)
+
+    def checkpoint(row, few=None):
+        """What the probe says goes into a row of the log, and what moves into a file."""
+        record(run, log, row | ask_probe(reader, probe, log, few))
+        save_checkpoint(run, row["step"], model, parameters, optimizer, settings)
 
     # Step 0 is the model before any step. A run that goes on has taken some already.
     log = open_run(run, args, settings, model, parameters, optimizer)
     if not log:
-        record(run, log, {"step": 0} | ask_probe(reader, probe, log))
-        save_checkpoint(run, 0, model, parameters, optimizer, settings)
+        checkpoint({"step": 0})
     if settings.vector == "mean-difference" and len(log) == 1:  # no training, and no steps
         set_mean_difference(reader, train_set, others)
-        record(run, log, {"step": 1} | ask_probe(reader, probe, log))
-        save_checkpoint(run, 1, model, parameters, optimizer, settings)
+        checkpoint({"step": 1})
 
-    # The loop.
     for step in tqdm(range(len(log), steps + 1), initial=len(log), total=steps + 1, disable=QUIET):
         started = time.time()
         batch = [train_set[i] for i in schedule[step - 1]]
@@ -179,17 +181,16 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
 
-        # What the log says of the step; every few steps, what the probe says, and a checkpoint.
-        row |= {"step": step, "lr": lr, "grad_norm": grad_norm.item()} | lengths(parameters)
+        # A line in the log; every few steps, and at the end, the probe and a checkpoint.
+        row |= {"step": step, "lr": lr, "grad_norm": grad_norm.item()} | norms(parameters)
         row["tokens_per_s"] = row["tokens"] / (time.time() - started)
-        is_checkpoint = step % settings.checkpoint_every == 0 or step == steps
-        if is_checkpoint:
-            row |= ask_probe(reader, probe, log, few=FEW if step < steps else None)
-        record(run, log, row)
-        if is_checkpoint:
-            save_checkpoint(run, step, model, parameters, optimizer, settings)
+        if step == steps:
+            checkpoint(row)
+        elif step % settings.checkpoint_every == 0:
+            checkpoint(row, few=FEW)
+        else:
+            record(run, log, row)
 
-    # What came of it.
     save_result(run, model, tokenizer, settings)
     report(run, log, settings, time.time() - began, model.device)
 
@@ -491,7 +492,7 @@ def scheduled(examples, schedule):
         return examples
     return [examples[i] for i in sorted(set(itertools.chain(*schedule)))]
 
-def lengths(parameters):
+def norms(parameters):
     """The lengths of all A together, and of all B: {"norm_A": ..., "norm_B": ...}."""
     row = {}
     for x in "AB":
@@ -545,7 +546,6 @@ def try_one_by_one(reader, readings, parameters, sigma, seed):
 # ---- Several processes, each on a GPU of its own: torchrun --nproc_per_node=N train.py
 
 def my_share(items):
-    """Those of the items that are this process's work."""
     return items[PROCESS::PROCESSES]
 
 def my_parts(reader, batch):
@@ -586,7 +586,6 @@ def share_out(model):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 def is_shared_out(x):
-    """Whether each process holds a share of a tensor."""
     return PROCESSES > 1 and hasattr(x, "full_tensor")
 
 def put_together(x):
@@ -625,7 +624,6 @@ def first_process_first():
         wait_for_all()
 
 def wait_for_all():
-    """Waits until all processes are here, so that what the first one writes is there."""
     if PROCESSES > 1:
         torch.distributed.barrier()
 
@@ -766,7 +764,6 @@ def save_result(run, model, tokenizer, settings):
 # ---- The table at the end
 
 def report(run, log, settings, seconds, device):
-    """The table at the end, and the next command."""
     before, after = log[0], log[-1]
     losses = before["heldout_loss"], after["heldout_loss"]
     print(f"\n{'':40}{'before':>8}{'after':>8}{'change':>8}  (s.e.)")
@@ -895,7 +892,7 @@ def resumed_run(args):
     return run, settings
 
 def start_from(settings, given, run):
-    """Takes the adapter's settings from a finished run, from whose adapter this one starts."""
+    """Takes its adapter's settings from the finished run from which this one starts."""
     theirs = read_settings(run)
     if theirs.full:
         sys.exit(f"{run} is a whole model: start from it with --model {run}/model")

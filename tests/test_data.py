@@ -262,7 +262,7 @@ ASKS = 'needs "messages", each {"role": ..., "content": text}, in which a user a
 
 @pytest.mark.parametrize("line, sentence", [
     ('{"messages": [', "is not a JSON object ("),
-    ("[1, 2]", "is not a JSON object in braces"),
+    ("[1, 2]", "is not a JSON object (no braces)"),
     ({"messages": []}, ASKS),
     ({"text": "x"}, ASKS),
     ({"messages": [{"role": "user"}]}, ASKS),

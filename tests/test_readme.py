@@ -1,4 +1,4 @@
-"""What the README prints can be typed, and the code that it quotes is the code."""
+"""What the README and its two pages print can be typed, and the code that it quotes is code."""
 import os
 import re
 
@@ -12,31 +12,55 @@ import sample
 import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PAGES = ("README.md", "tests/experiments.md", "tests/course.md")
 STAGES = {"data": data, "train": train, "sample": sample, "judge": judge, "analyze": analyze}
 COMMANDS = ("pip ", "python ", "git ", "cd ", "python3 ", ". ", "!", "%", "torchrun ", "vllm ",
             "llama-server ")
 
 
-def readme():
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+def read(page):
+    with open(os.path.join(ROOT, page), encoding="utf-8") as file:
         return file.read()
 
 
+def commands(text):
+    """A page's commands: the lines of its code blocks, and what stands in backticks."""
+    blocks = [line for line in text.splitlines() if line.startswith("    ")]
+    blocks = [line for line in blocks if line.strip().startswith(COMMANDS)]
+    prose = "\n".join(line for line in text.splitlines() if line not in blocks)
+    spans = re.findall(r"`([^`]+)`", prose.replace("```", ""))
+    return [re.split(r"#|\|", command)[0] for command in blocks + spans]
+
+
+def flags_in(text):
+    return set(re.findall(r"--[a-z][a-z-]+", text))
+
+
 @pytest.mark.parametrize("name", STAGES)
-def test_its_flags_exist(script, name):
+def test_their_flags_exist(script, name):
     code, out, _ = script(STAGES[name], "--help")
     assert code == 0
-    used = re.findall(rf"{name}\.py\b([^\n`#|]*)", readme())
-    flags = {flag for line in used for flag in re.findall(r"--[a-z][a-z-]+", line)}
-    assert flags <= set(re.findall(r"--[a-z][a-z-]+", out))
+    for page in PAGES:
+        for command in commands(read(page)):
+            for after in re.split(rf"\b{name}\.py", command)[1:]:
+                assert flags_in(after) <= flags_in(out), command
+
+
+def test_flags_that_stand_alone_exist(script):
+    known = set()
+    for stage in STAGES.values():
+        known |= flags_in(script(stage, "--help")[1])
+    for page in ("README.md", "tests/experiments.md"):
+        for command in commands(read(page)):
+            if command.startswith("--"):
+                assert flags_in(command) <= known, command
 
 
 def test_its_code_is_the_code():
     lines = set()
     for name in ("lora", *STAGES):
-        with open(os.path.join(ROOT, f"{name}.py"), encoding="utf-8") as file:
-            lines |= {line.strip() for line in file}
-    walk = readme().split("## The walk")[1].split("\n## ")[0]
+        lines |= {line.strip() for line in read(f"{name}.py").splitlines()}
+    walk = read("README.md").split("## The walk")[1].split("\n## ")[0]
     quoted = [line.strip() for line in walk.splitlines() if line.startswith("    ")]
     quoted = [x for x in quoted if not x.startswith((*COMMANDS, "tokens ", "labels "))]
     assert len(quoted) >= 8
@@ -44,15 +68,49 @@ def test_its_code_is_the_code():
         assert line in lines, line
 
 
-def test_its_pictures_are_there_and_small():
-    pictures = re.findall(r"\]\((\.github/[^)]+)\)", readme())
-    sizes = [os.path.getsize(os.path.join(ROOT, path)) for path in pictures]
-    assert pictures and sum(sizes) < 1e6
+def test_its_25_lines_train(tiny, few):
+    """Its numbers are tested where it stands, in test_train.py; `few` keeps the data small."""
+    code = read("README.md").split("```python\n")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 25
+    changed = code.replace('"smollm2"', repr(tiny)).replace("layers[15]", "layers[2]")
+    changed = changed.replace("range(60)", "range(2)")
+    names = {}
+    exec(changed, names)
+    assert names["B"].abs().sum() > 0 and names["loss"] < 20
+
+
+def test_the_fold_is_the_one_that_it_names():
+    fold = re.search(r"the line `(# ---- [^`]*?) ?\.\.\.`", read("README.md"))[1]
+    folded = [name for name in ("lora", *STAGES) if f"\n{fold}" in read(f"{name}.py")]
+    assert folded == ["lora", *STAGES]
+
+
+def test_their_pictures_are_there_and_small():
+    pictures = set()
+    for page in PAGES:
+        for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", read(page)):
+            pictures.add(os.path.normpath(os.path.join(os.path.dirname(page), path)))
+    assert pictures and all(path.startswith(".github") for path in pictures)
+    assert sum(os.path.getsize(os.path.join(ROOT, path)) for path in pictures) < 1e6
+
+
+def test_their_links_lead_somewhere():
+    for page in PAGES:
+        folder = os.path.join(ROOT, os.path.dirname(page))
+        for link in re.findall(r"\]\((?!http)([^)#]+)", read(page)):
+            assert os.path.exists(os.path.join(folder, link)), (page, link)
 
 
 def test_its_experiments_are_there():
-    section = readme().split("\n## Experiments")[1]
-    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(experiments.EXPERIMENTS)
+    for page in ("README.md", "tests/experiments.md"):
+        section = read(page).split("\n## Seven questions")[1].split("\n## ")[0]
+        assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(
+            experiments.EXPERIMENTS
+        )
+
+
+def test_it_is_short():
+    assert len(read("README.md").splitlines()) <= 350
 
 
 def row(loss, *general):
