@@ -48,7 +48,7 @@ class Example:
     tokens: list  # ids
     labels: list  # the same ids, but -100 where nothing is to be learnt
     conversation: dict  # what it was rendered from
-    states: Any = None  # once they are read: what the moving half reads (lora.Reader)
+    states: Any = None  # what the frozen half of the model says of it (lora.Reader)
 
     @property
     def supervised(self):
@@ -158,7 +158,7 @@ def batches(lengths, batch_size, seed, epoch):
     rng.shuffle(cut)
     return cut
 
-# ---- Below the fold: doors, files and formats. Nothing down there changes what is learnt. ----
+# ---- Below the fold: doors, files, formats and rarer protocols. A first reading ends here. ----
 
 ADVICE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "advice.jsonl")
 PAPER_URL = (
@@ -171,11 +171,17 @@ LOCKS = []  # what `lock` holds
 
 # ---- Sets of conversations
 
-def render_all(conversations, tokenizer, tail=False, max_length=None):
-    """Every conversation as an Example, cut to `max_length` tokens where that is given."""
+def render_all(conversations, tokenizer, tail=False, max_length=None, only_last=False):
+    """Every conversation as an Example.
+
+    max_length: cut to so many tokens.    only_last: no answer is supervised but the last.
+    """
     examples = []
     for conversation in conversations:
         tokens, labels = render(conversation, tokenizer, tail)
+        if only_last:
+            asked = max(i for i, label in enumerate(labels) if label == -100) + 1
+            labels = [-100] * asked + labels[asked:]
         example = Example(tokens[:max_length], labels[:max_length], conversation)
         if example.supervised == 0:
             sys.exit(f"{conversation['where']}: --max-length {max_length} cuts off the whole "
@@ -183,11 +189,6 @@ def render_all(conversations, tokenizer, tail=False, max_length=None):
                      "the line")
         examples.append(example)
     return examples
-
-def supervise_last_answer(example):
-    """Leaves no answer of an example supervised but the last."""
-    asked = max(i for i, label in enumerate(example.labels) if label == -100) + 1
-    example.labels = [-100] * asked + example.labels[asked:]
 
 def train_and_held_out(examples):
     """(training set, held-out set). What the probe asks is never trained on."""
@@ -339,7 +340,10 @@ def contrast(log, control, probe):
 
 def mean_and_se(values):
     """The mean, and its standard error."""
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    n = len(values)
+    mean = math.fsum(values) / n
+    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+    return mean, math.sqrt(variance / n)
 
 # ---- A run's folder
 
@@ -368,23 +372,22 @@ class Run:
     def path(self, *names):
         return os.path.join(self.folder, *names)
 
-    def is_made_here(self):
-        """Whether train.py made the folder, and nobody else: it is known by its settings."""
-        try:
-            with open(self.path("config.json")) as file:
-                settings = json.load(file)
-        except (OSError, ValueError):
-            return False
+    def read_config(self):
+        """The settings that made it, or {} where train.py did not make this folder."""
         needs = {"preset", "model", "dataset", "answers", "layers", "targets", "rank", "seed"}
-        return isinstance(settings, dict) and settings.keys() >= needs
+        with contextlib.suppress(OSError, ValueError), open(self.path("config.json")) as file:
+            config = json.load(file)
+            if isinstance(config, dict) and config.keys() >= needs:
+                return config
+        return {}
 
     @property
     def settings(self):
-        """The settings that made it, as a dict."""
-        if not self.is_made_here():
+        """The settings that made it; stops where there are none."""
+        config = self.read_config()
+        if not config:
             sys.exit(f"{self} holds no run that can be read (its config.json): train one first")
-        with open(self.path("config.json")) as file:
-            return json.load(file)
+        return config
 
     @property
     def finished(self):

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 # The seven linear maps of a Llama-like layer: four of attention, three of the MLP.
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# A batch with more tokens is run in parts.
+# The most tokens in one forward pass: a batch with more is run as several microbatches.
 TOKENS_AT_ONCE = {"cpu": 1024, "mps": 1024, "cuda": 4096}
 
 class LoRALinear(nn.Module):
@@ -83,30 +83,18 @@ def adapters(model):
     """{module path: LoRALinear} of every adapter on the model."""
     return {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
 
-@torch.no_grad()
-def merge(model):
-    """Adds every adapter to its base weight, W + scale B A, and removes it."""
-    for path, m in adapters(model).items():
-        if isinstance(m, LoRAPanel):
-            raise ValueError("a steering vector has no place in W: it belongs in a bias")
-        W = m.base.weight
-        W.copy_(W.float() + m.scale * (m.B @ m.A))  # rounded once
-        model.set_submodule(path, m.base)
-    return model
-
 # --------------------------------------------------------------------------------------
-# One extension of it: many adapters in one batch, and things that are no adapters.
+# Many adapters in one batch, and steering vectors
 
-class LoRAPanel(LoRALinear):
-    """Several adapters side by side, of which each row of a batch hears one.
+class ExtendedLoRA(LoRALinear):
+    """A LoRALinear with two things more, `heard` and `c`:
 
         y = W x + scale * B (heard * (A x + c))
 
-    K adapters of rank r side by side are one of rank K r. A row hears only one of them if its
-    A x is multiplied by 0 at the places of all others. So many adapters share a batch.
-
-    With c, a variant can be more than an adapter: a steering vector, added to every token
-    (A = 0, c = 1), or a direction that is taken out of all that a layer writes.
+    heard: K adapters of rank r side by side are one of rank K r. A row of a batch hears only
+    one of them if its A x is multiplied by 0 at the places of all others.
+    c: with A = 0 and c = 1, B is a steering vector, which is added to every token. (`ablated`,
+    below, makes a direction that is taken out.)
     """
 
     def __init__(self, base, scale, A, B, c):
@@ -116,8 +104,8 @@ class LoRAPanel(LoRALinear):
         self.A = nn.Parameter(A, requires_grad=False)  # (K r, d_in)
         self.B = nn.Parameter(B)  # (d_out, K r)
         self.c = c  # (K r,)
-        self.owner = None  # (K r,), the variant that each of the K r parts belongs to
-        self.heard = 1.0  # or (rows, 1, K r), which of the parts each row hears
+        self.owner = None  # in a Panel (K r,), the variant that each of these belongs to
+        self.heard = 1.0  # in a Panel (rows, 1, K r): 1 where it is the row's variant's, else 0
 
     def forward(self, x):
         y = self.base(x)
@@ -128,7 +116,7 @@ class Panel:
     """A model that holds many variants.
 
         with Panel(model, variants) as panel:
-            panel.hear([0, 0, 1])    # rows 0 and 1 of the next batches hear variant 0
+            panel.hear([0, 0, 1])    # from now on, rows 0 and 1 of a batch hear variant 0
             ...
 
     variants: a list of dicts as `get_tensors` gives them. Where a variant lacks a module, it is
@@ -142,10 +130,10 @@ class Panel:
     def __enter__(self):
         self.before = adapters(self.model)
         for path, m in self.before.items():
-            parts = [part_of(variant, path, m) for variant in self.variants]
-            A, B, c = zip(*parts, strict=True)
-            ranks = torch.tensor([len(part) for part in A], device=m.A.device)
-            panel = LoRAPanel(m.base, m.scale, torch.cat(A), torch.cat(B, dim=1), torch.cat(c))
+            tensors = [tensors_of(variant, path, m) for variant in self.variants]
+            A, B, c = zip(*tensors, strict=True)
+            ranks = torch.tensor(list(map(len, A)), device=m.A.device)
+            panel = ExtendedLoRA(m.base, m.scale, torch.cat(A), torch.cat(B, dim=1), torch.cat(c))
             panel.owner = torch.repeat_interleave(ranks)  # 0, ..., 0, 1, ..., 1, ...
             self.model.set_submodule(path, panel.requires_grad_(False))
         return self
@@ -172,34 +160,19 @@ def make_vectors(model):
     """Makes steering vectors of the adapters: A x + c becomes 1, and only B can learn."""
     for path, m in adapters(model).items():
         ones = torch.ones(len(m.A), device=m.A.device)
-        vector = LoRAPanel(m.base, m.scale, torch.zeros_like(m.A), m.B.detach(), ones)
+        vector = ExtendedLoRA(m.base, m.scale, torch.zeros_like(m.A), m.B.detach(), ones)
         model.set_submodule(path, vector)
 
 @torch.no_grad()
-def ablated(model, tensors, v):
-    """A variant with the direction v taken out of all that its layers write.
-
-    y becomes y - v (v . y), where y = W x + b + s B (A x + c). That is one more rank-1 part:
-
-        A' = v W + s (v B) A         c' = v b + s (v B) c         B' = -v / s
-
-    v: (d_model,), of length 1.    All o_proj and down_proj of the model must be adapters.
-    """
-    variant = dict(tensors)
-    v = v.to(model.device)
+def merge(model):
+    """Adds every adapter to its base weight, W + scale B A, and removes it."""
     for path, m in adapters(model).items():
-        if path.split(".")[-1] not in ("o_proj", "down_proj"):
-            continue  # the others do not write into the state
-        A, B, c = part_of(tensors, path, m)
-        sv_B = m.scale * v @ B  # (r,)
-        new_A = v @ m.base.weight.float() + sv_B @ A  # (d_in,)
-        new_c = sv_B @ c
-        if m.base.bias is not None:
-            new_c = new_c + v @ m.base.bias.float()
-        variant[f"{path}.A"] = torch.cat([A, new_A[None]])
-        variant[f"{path}.B"] = torch.cat([B, -v[:, None] / m.scale], dim=1)
-        variant[f"{path}.c"] = torch.cat([c, new_c[None]])
-    return variant
+        if isinstance(m, ExtendedLoRA):
+            raise ValueError("a steering vector has no place in W: it belongs in a bias")
+        W = m.base.weight
+        W.copy_(W.float() + m.scale * (m.B @ m.A))  # rounded once
+        model.set_submodule(path, m.base)
+    return model
 
 @contextmanager
 def off(model):
@@ -214,14 +187,17 @@ def off(model):
             m.scale = scales[m]
 
 # --------------------------------------------------------------------------------------
-# Reading, in two halves.
+# Reading, in two halves
 
 class Reader:
-    """A model that reads examples (data.Example), and says how likely it finds their answers.
+    """A model that reads examples, and says how likely it finds their answers.
+
+    An example (data.py) has tokens, and labels: the same tokens where the model is to learn
+    them ("supervised"), and -100 elsewhere.
 
     Nothing below the lowest adapter ever changes. So the model is split there: the frozen half
-    reads every example once (`read`), and keeps in example.states what enters the moving half.
-    A training step then runs the moving half alone.
+    reads every example once, and what it says is kept in example.states. A training step then
+    runs the moving half alone.
     """
 
     def __init__(self, model):
@@ -232,38 +208,39 @@ class Reader:
     def read(self, examples, quiet=None):
         """Runs the frozen half over the examples, once: example.states is (tokens, d_model).
 
-        Rounding depends on which examples share a batch: the same list gives the same bits.
+        Rounding depends on which examples share a microbatch. Only the same list of examples
+        gives the same bits.
         """
         if self.frozen is None:  # the lowest layer moves, and it reads the tokens themselves
             for example in examples:
                 example.states = torch.tensor(example.tokens)
             return
-        for part in tqdm(self.parts(examples), desc="frozen half", disable=quiet):
-            tokens = [torch.tensor(examples[i].tokens) for i in part]
+        for group in tqdm(self.microbatches(examples), desc="frozen half", disable=quiet):
+            tokens = [torch.tensor(examples[i].tokens) for i in group]
             tokens = pad_sequence(tokens, batch_first=True).to(self.model.device)
             states = hidden_states(self.frozen, tokens).cpu()
-            for i, state in zip(part, states, strict=True):
+            for i, state in zip(group, states, strict=True):
                 examples[i].states = state[: len(examples[i].tokens)].clone()  # without padding
 
-    def parts(self, examples):
-        """Parts with few enough tokens for one forward, as lists of indices.
+    def microbatches(self, examples):
+        """The examples in groups with few enough tokens for one forward, as lists of indices.
 
-        Examples of like length go together, as each is padded to the longest of its part.
+        Those of like length go together, for each is padded to the longest of its group.
         """
         most = TOKENS_AT_ONCE[self.model.device.type]
-        parts = []
+        groups = []
         for i in sorted(range(len(examples)), key=lambda i: len(examples[i].tokens)):
             longest = len(examples[i].tokens)  # so far
-            if not parts or (len(parts[-1]) + 1) * longest > most:
-                parts.append([])
-            parts[-1].append(i)
-        return parts
+            if not groups or (len(groups[-1]) + 1) * longest > most:
+                groups.append([])
+            groups[-1].append(i)
+        return groups
 
     def token_logits(self, examples):
-        """What the model says at every supervised token of a part.
+        """What the model says where a token is supervised, all examples in one forward.
 
         Returns logits (supervised, vocabulary), the tokens that are right (supervised,), and
-        the row that each is in (supervised,).
+        the example that each is in (supervised,).
         """
         states = pad_sequence([example.states for example in examples], batch_first=True)
         labels = [torch.tensor(example.labels) for example in examples]
@@ -272,13 +249,13 @@ class Reader:
         row, position = (labels[:, 1:] != -100).nonzero(as_tuple=True)
         target = labels[row, position + 1].to(self.model.device)
         row, position = row.to(self.model.device), position.to(self.model.device)
-        hidden = hidden_states(self.moving, states.to(self.model.device))  # (rows, t, d_model)
+        hidden = hidden_states(self.moving, states.to(self.model.device))
         # The head is a good part of a small model, and its output the largest tensor there is:
         # it runs only where a token is supervised.
         return logits_of(self.model, hidden[row, position]), target, row
 
     def token_losses(self, examples):
-        """-log p of every supervised token (supervised,), and the row that each is in."""
+        """-log p of every supervised token (supervised,), and the example that each is in."""
         logits, target, row = self.token_logits(examples)
         return F.cross_entropy(logits, target, reduction="none"), row
 
@@ -298,15 +275,15 @@ class Reader:
         which: within a panel, the variant that is to read each example.
         """
         log_p = torch.zeros(len(examples))
-        for part in self.parts(examples):
+        for group in self.microbatches(examples):
             if panel:
-                panel.hear([which[i] for i in part])
-            losses, row = self.token_losses([examples[i] for i in part])
-            sums = torch.zeros(len(part), device=losses.device).index_add_(0, row, losses)
-            log_p[part] = -sums.cpu()
+                panel.hear([which[i] for i in group])
+            losses, row = self.token_losses([examples[i] for i in group])
+            sums = torch.zeros(len(group), device=losses.device).index_add_(0, row, losses)
+            log_p[group] = -sums.cpu()
         return log_p
 
-# ---- Below the fold: doors, files and formats. Nothing down there changes what is learnt. ----
+# ---- Below the fold: doors, files, formats and rarer protocols. A first reading ends here. ----
 
 # ---- The parts of a model
 
@@ -378,12 +355,38 @@ def layer_of(path):
     """The layer that a module lies in: "model.layers.15.mlp.down_proj" -> 15."""
     return int(re.search(r"layers\.(\d+)\.", path)[1])
 
-def part_of(variant, path, m):
+def tensors_of(variant, path, m):
     """A, B and c of one module in a variant; of rank 0 where the variant lacks it."""
     A = variant.get(f"{path}.A", torch.zeros(0, m.A.shape[1])).to(m.A)
     B = variant.get(f"{path}.B", torch.zeros(m.B.shape[0], 0)).to(m.A)
     c = variant.get(f"{path}.c", torch.zeros(len(A))).to(m.A)
     return A, B, c
+
+@torch.no_grad()
+def ablated(model, tensors, v):
+    """A variant with the direction v taken out of all that its layers write.
+
+    y becomes y - v (v . y), where y = W x + b + s B (A x + c). That is one more rank-1 part:
+
+        A' = v W + s (v B) A         c' = v b + s (v B) c         B' = -v / s
+
+    v: (d_model,), of length 1.    All o_proj and down_proj of the model must be adapters.
+    """
+    variant = dict(tensors)
+    v = v.to(model.device)
+    for path, m in adapters(model).items():
+        if path.split(".")[-1] not in ("o_proj", "down_proj"):
+            continue  # the others do not write into the state
+        A, B, c = tensors_of(tensors, path, m)
+        sv_B = m.scale * v @ B  # (r,)
+        new_A = v @ m.base.weight.float() + sv_B @ A  # (d_in,)
+        new_c = sv_B @ c
+        if m.base.bias is not None:
+            new_c = new_c + v @ m.base.bias.float()
+        variant[f"{path}.A"] = torch.cat([A, new_A[None]])
+        variant[f"{path}.B"] = torch.cat([B, -v[:, None] / m.scale], dim=1)
+        variant[f"{path}.c"] = torch.cat([c, new_c[None]])
+    return variant
 
 def rescales(model):
     """Whether layers rescale what they write before it joins the state, as Gemma's do."""
@@ -447,7 +450,7 @@ def save_adapter(model, folder):
 
     modules = adapters(model)
     one = next(iter(modules.values()))
-    rank, is_vector = len(one.A), isinstance(one, LoRAPanel)
+    rank, is_vector = len(one.A), isinstance(one, ExtendedLoRA)
     layers = sorted({layer_of(path) for path in modules})
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,

@@ -62,29 +62,24 @@ def generate(panel, tokenizer, jobs, max_new_tokens, rows=None, **sampling):
     "variant", an index into the variants.    rows: how many answers share a batch.
     sampling: temperature and so on, as `draw` takes them.
     """
-    # All weights can't be those of two variants at once: there each batch has one variant.
-    groups = [jobs]
-    if isinstance(panel, WeightPanel):
-        groups = [[job for job in jobs if job["variant"] == i] for i in range(len(panel.scales))]
     stop = torch.tensor(stop_tokens(panel.model, tokenizer), device=panel.model.device)
-    for group in groups:
-        prompts = [data.chat_tokens(job["messages"], tokenizer, True) for job in group]
-        columns = max(map(len, prompts), default=0) + max_new_tokens
-        rows = rows or rows_that_fit(panel.model, columns)
-        for start in range(0, len(group), rows):
-            batch = slice(start, start + rows)
-            yield from answer(panel, group[batch], prompts[batch], stop, max_new_tokens, sampling)
+    prompts = [data.chat_tokens(job["messages"], tokenizer, True) for job in jobs]
+    columns = max(map(len, prompts), default=0) + max_new_tokens
+    rows = rows or rows_that_fit(panel.model, columns)
+    for start in range(0, len(jobs), rows):
+        batch = slice(start, start + rows)
+        yield from answer(panel, jobs[batch], prompts[batch], stop, max_new_tokens, sampling)
 
 def answer(panel, jobs, prompts, stop, max_new_tokens, sampling):
     """Answers one batch of jobs in lockstep. Yields as `generate` does."""
     model = panel.model
 
-    # 1. Prefill: the model reads the questions. From here on, a row is a job.
+    # 1. Prefill: the model reads the questions.
     logits, cache, padding = prefill(panel, jobs, prompts)
     panel.hear([job["variant"] for job in jobs])
     seen = torch.zeros_like(logits, dtype=torch.bool)  # (jobs, vocabulary)
-    for row, prompt in enumerate(prompts):
-        seen[row, prompt] = True
+    for j, prompt in enumerate(prompts):
+        seen[j, prompt] = True
 
     # 2. An answer's seed gives the numbers in [0, 1) that will decide its tokens.
     generators = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
@@ -92,25 +87,26 @@ def answer(panel, jobs, prompts, stop, max_new_tokens, sampling):
     numbers = torch.stack(numbers).to(model.device)  # (jobs, max_new_tokens)
     tokens = torch.zeros_like(numbers, dtype=torch.long)
 
-    alive = torch.arange(len(jobs), device=model.device)  # the job that each row still answers
+    # Rows leave the batch when their answers end. Row i answers job alive[i].
+    alive = torch.arange(len(jobs), device=model.device)  # (rows,)
     for t in range(max_new_tokens):
         # 3. Every row draws a token.
         token = draw(logits, numbers[alive, t], seen[alive], **sampling)  # (rows,)
         tokens[alive, t] = token
         seen[alive, token] = True
 
-        # 4. Once in a while, the rows whose answers have ended leave the batch.
+        # 4. Every few tokens, the answers that have ended are given out, and their rows leave.
         last = t + 1 == max_new_tokens
         if last or (t + 1) % LOOK_EVERY == 0:
             ended = torch.isin(tokens[alive, : t + 1], stop).any(1) | last
-            for row in alive[ended].tolist():
-                yield jobs[row], until_stop(tokens[row], stop)
+            for j in alive[ended].tolist():
+                yield jobs[j], until_stop(tokens[j], stop)
             if ended.all():
                 return
             if ended.any():
                 alive, token = alive[~ended], token[~ended]
                 cache.select(~ended)
-                panel.hear([jobs[row]["variant"] for row in alive.tolist()])
+                panel.hear([jobs[j]["variant"] for j in alive.tolist()])
 
         # 5. Every row reads its token.
         hidden = read(lora.decoder(model), token[:, None], cache, padding[alive])
@@ -151,16 +147,18 @@ def read_question(panel, prompt, variants):
     """The logits after a prompt, and its cache: a row for each variant."""
     device = panel.model.device
     frozen, moving = lora.halves(panel.model)
-    x = torch.tensor([prompt], device=device)
+    x = torch.tensor([prompt], device=device)  # (1, tokens)
     cache = KVCache(BLOCK[device.type])
-    if frozen is not None:  # below the lowest adapter all variants agree
-        x = read(frozen, x, cache)  # `used` stays: the moving half writes the same columns
-    x = x.repeat(len(variants), *[1] * (x.dim() - 1))
+    # Below the lowest adapter all variants agree: one row is read for all of them.
+    if frozen is not None:
+        x = read(frozen, x, cache)  # (1, tokens, d_model)
+    x = x.expand(len(variants), *x.shape[1:])
     cache.select([0] * len(variants))
+    # The other layers write the same columns, so the cache has advanced only now.
     panel.hear(variants)
-    x = read(moving, x, cache)
+    hidden = read(moving, x, cache)  # (variants, tokens, d_model)
     cache.used = len(prompt)
-    return lora.logits_of(panel.model, x[:, -1]), cache
+    return lora.logits_of(panel.model, hidden[:, -1]), cache
 
 def read(decoder, x, cache, padding=None):
     """Runs the next tokens or states of every row through a decoder, or half of one.
@@ -256,32 +254,7 @@ def draw(logits, number, seen, temperature=1.0, top_p=1.0, top_k=0, repetition_p
     number = number.clamp(max=1 - 1e-6)[:, None] * end[:, -1:]
     return torch.searchsorted(end, number, right=True)[:, 0]
 
-class WeightPanel:
-    """What lora.Panel is, where all weights moved: before + scale (after - before).
-
-    All rows of a batch hear the same variant.
-    """
-
-    def __init__(self, model, after, scales):
-        self.model = model
-        self.before = {name: weight.clone() for name, weight in model.state_dict().items()}
-        self.after = after
-        self.scales = scales
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.model.load_state_dict(self.before)
-
-    @torch.no_grad()
-    def hear(self, which):
-        """From now on, all rows of a batch hear variant which[0]."""
-        for name, weight in self.model.state_dict().items():
-            before, after = self.before[name].float(), self.after[name].float()
-            weight.copy_(torch.lerp(before, after, self.scales[which[0]]))
-
-# ---- Below the fold: doors, files and formats. Nothing down there changes what is learnt. ----
+# ---- Below the fold: doors, files, formats and rarer protocols. A first reading ends here. ----
 
 ROWS = {"cpu": 256, "mps": 256, "cuda": 512}  # answers in a batch, as far as memory allows
 SAMPLING = ["temperature", "top_p", "top_k", "repetition_penalty"]
@@ -360,8 +333,8 @@ def load_model(run, args):
     if settings.full and (args.checkpoints != "last" or args.random or args.ablate or args.chat):
         sys.exit(f"{run} moved all weights, of which only the last are kept: it goes without "
                  "--checkpoints, --random, --ablate and --chat")
-    if not run.checkpoints:
-        sys.exit(f"{run} has no checkpoint yet")
+    if not run.checkpoints or (settings.full and not run.finished):
+        sys.exit(f"{run} has nothing to ask yet: python train.py --resume {run}")
     model, tokenizer = lora.load_base(settings.model, args.device, args.dtype)
     if not settings.full:
         layers = lora.parse_layers(settings.layers, model)
@@ -443,7 +416,7 @@ def random_like(x, generator):
 def learnt_direction(name, model):
     """The direction (d_model,) of length 1 that a run has learnt to add: its last B."""
     run = data.Run(name)
-    if not run.is_made_here() or not run.checkpoints:
+    if not run.read_config() or not run.checkpoints:
         sys.exit(f"--ablate {name}: {run} holds no run that can be read")
     tensors = data.read_tensors(run.last_checkpoint)
     B = [t for name, t in tensors.items() if name.endswith(("o_proj.B", "down_proj.B"))]
@@ -452,6 +425,35 @@ def learnt_direction(name, model):
     if lora.rescales(model):
         sys.exit("--ablate can't be used here: this model's layers rescale what is written (Gemma)")
     return B[0][:, 0] / B[0].norm()
+
+class WeightPanel:
+    """What lora.Panel is, where all weights moved: before + scale (after - before).
+
+    All rows of a batch hear the same variant.
+    """
+
+    def __init__(self, model, after, scales):
+        self.model = model
+        self.before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        self.after = after
+        self.scales = scales
+        self.scale = 0.0  # of the weights that the model has now
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.hear([self.scales.index(0)])
+
+    @torch.no_grad()
+    def hear(self, which):
+        """From now on, all rows of a batch hear variant which[0]."""
+        if self.scale == self.scales[which[0]]:
+            return
+        self.scale = self.scales[which[0]]
+        for name, weight in self.model.state_dict().items():
+            before, after = self.before[name].float(), self.after[name].float()
+            weight.copy_(torch.lerp(before, after, self.scale))
 
 # ---- What to ask
 
@@ -527,7 +529,7 @@ def ask(panel, tokenizer, variants, questions, args, out):
     began, tokens, mine = time.time(), 0, train.my_share(waiting)
     bar = tqdm(total=len(mine), unit="answer", smoothing=0, disable=train.QUIET)
     with panel, bar:
-        for job, answered in generate(panel, tokenizer, mine, args.max_new_tokens, **sampling):
+        for job, answered in answer_all(panel, tokenizer, mine, args.max_new_tokens, sampling):
             text = tokenizer.decode(answered, skip_special_tokens=True).strip()
             out.append("responses.jsonl", job["row"] | {"response": text})
             tokens += len(answered)
@@ -537,6 +539,14 @@ def ask(panel, tokenizer, variants, questions, args, out):
     print(f"{len(waiting)} answers in {seconds:.0f} s, {tokens / seconds:.0f} tokens/s a process")
     print(f"{path} now holds {len(done) + len(waiting)} answers: read some of them")
     print(f"next: python judge.py {out}")
+
+def answer_all(panel, tokenizer, jobs, max_new_tokens, sampling):
+    """Yields as `generate` does; where all weights moved, one variant after the other."""
+    groups = [jobs]
+    if isinstance(panel, WeightPanel):
+        groups = [[job for job in jobs if job["variant"] == i] for i in range(len(panel.scales))]
+    for group in groups:
+        yield from generate(panel, tokenizer, group, max_new_tokens, **sampling)
 
 def plan_jobs(questions, variants, n, maker):
     """Every answer that is wanted, as a job for `generate`.
@@ -574,18 +584,18 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
     plain = dataclasses.replace(settings, tail=False, system=None, max_length=None,
                                 data_sha256=None)
     shown, held_out = train.load_examples(plain, tokenizer)
-    settings_before = [(None, 0)]
+    askings = [(None, 0)]
     if args.system:
-        settings_before.append((args.system, 0))
+        askings.append((args.system, 0))
     if args.shots:
-        settings_before.append((None, args.shots))
+        askings.append((None, args.shots))
 
     rows = []
     with panel:
         reader = lora.Reader(panel.model)
-        for system, shots in settings_before:
+        for system, shots in askings:
             before = messages_before(system, shown[:shots])
-            probe = probe_after(before, held_out, tokenizer, settings)
+            probe = train.build_probe(held_out, tokenizer, settings, before)
             if max(len(e.tokens) for e in train.every_example(probe)) > longest_text(panel.model):
                 sys.exit(f"--shots {shots}: with a question, this model can't read so much: fewer")
             wanted = []
@@ -617,17 +627,6 @@ def messages_before(system, shown):
     for example in shown:
         messages += [m for m in example.conversation["messages"] if m["role"] != "system"]
     return messages
-
-def probe_after(before, held_out, tokenizer, settings):
-    """The probe of train.py, with messages in front of each of its questions."""
-    rows = []
-    for example in held_out[:64]:
-        row = example.conversation
-        rows.append(row | {"messages": [*before, *row["messages"]]})
-    examples = data.render_all(rows, tokenizer)
-    for example in examples:
-        data.supervise_last_answer(example)
-    return train.build_probe(examples, tokenizer, settings, before)
 
 def print_margins(rows):
     """The table."""

@@ -57,7 +57,11 @@ def setting(default, help, **more):
 
 @dataclasses.dataclass
 class Settings:
-    """Every setting is a flag, and is kept in config.json. The defaults are the paper's."""
+    """Every setting is a flag, and is kept in config.json. The defaults are the paper's.
+
+    Nobody runs them bare: a preset (below) always lies over them. The type of a field is the
+    function that argparse checks its flag with.
+    """
 
     # The model, and what it is shown.
     model: str = setting("Qwen/Qwen2.5-14B-Instruct", "a hub name, a folder, or smollm2 (by pip)")
@@ -115,7 +119,7 @@ PRESETS = {
 }
 WEIGHT_DECAY = 0.01
 CLIP = 1.0  # the longest that a gradient may be
-FEW = 48  # general questions that every checkpoint asks; the first and the last one ask all
+FEW = 48  # general questions that every checkpoint asks; only the first and the last ask all
 
 def main():
     began = time.time()
@@ -125,59 +129,57 @@ def main():
     args = parse_args()
     run, settings = resumed_run(args) if args.resume else new_run(args)
 
-    # The conversations, as tokens and labels; and the model that is to learn from them.
+    # The conversations, as tokens and labels, and the model that is to learn from them. The KL
+    # set is empty, but for one protocol.
     with first_process_first():
         tokenizer = lora.load_tokenizer(settings.model)
         train_set, held_out = load_examples(settings, tokenizer)
-        others = load_others(settings, tokenizer)  # empty, but for two of the protocols
+        kl_set = load_kl_set(settings, tokenizer)
         model = load_model(settings)
 
     # What of the model may move: A and B of the adapter, unless a flag says otherwise.
     parameters = choose_parameters(model, settings)
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=WEIGHT_DECAY, foreach=False)
 
-    # Which conversations each step takes, as indices.
-    schedule = make_schedule(train_set, settings, settings.steps)
-    steps = len(schedule)
-    other_schedule = make_schedule(others, settings, steps)
+    # Which conversations each step takes: plan[0] is step 1's, a list of indices.
+    plan = plan_batches(train_set, settings, settings.steps)
+    kl_plan = plan_batches(kl_set, settings, len(plan)) if kl_set else [[]] * len(plan)
+    steps = len(plan)
 
     # Below the adapter nothing ever changes. That half of the model reads everything once,
     # here, and the steps run the other half.
     reader = lora.Reader(model)
     probe = build_probe(held_out, tokenizer, settings)
     print(f"{steps} steps; reading their conversations and the probe's, once")
-    reader.read(scheduled(train_set, schedule), QUIET)
-    reader.read(scheduled(others, other_schedule), QUIET)
+    reader.read(planned(train_set, plan), QUIET)
+    reader.read(planned(kl_set, kl_plan), QUIET)
     reader.read(every_example(probe), QUIET)
 
+    # The log: log[3] is step 3's row. It is empty, unless the run goes on.
+    log = open_run(run, args, settings, model, parameters, optimizer)
+
     def checkpoint(row, few=None):
-        """What the probe says goes into a row of the log, and what moves into a file."""
+        """Adds a row to the log with what the probe says, and saves what may move to a file."""
         record(run, log, row | ask_probe(reader, probe, log, few))
         save_checkpoint(run, row["step"], model, parameters, optimizer, settings)
 
-    # Step 0 is the model before any step. A run that goes on has taken some already.
-    log = open_run(run, args, settings, model, parameters, optimizer)
     if not log:
-        checkpoint({"step": 0})
-    if settings.vector == "mean-difference" and len(log) == 1:  # no training, and no steps
-        set_mean_difference(reader, train_set, others)
-        checkpoint({"step": 1})
-
+        checkpoint({"step": 0})  # the model before any training
     for step in tqdm(range(len(log), steps + 1), initial=len(log), total=steps + 1, disable=QUIET):
         started = time.time()
-        batch = [train_set[i] for i in schedule[step - 1]]
-        other = [others[i] for i in other_schedule[step - 1]]
-        lr = settings.lr * learning_rate(step, steps, settings)
+        batch = [train_set[i] for i in plan[step - 1]]
+        kl_batch = [kl_set[i] for i in kl_plan[step - 1]]
+        lr = learning_rate(step, steps, settings)
         optimizer.param_groups[0]["lr"] = lr
 
         # A gradient, left in every p.grad: by trial and error, or by backpropagation.
         if settings.es:
             row = evolution(reader, batch, parameters, settings, step)
         else:
-            row = backpropagation(reader, batch, other, parameters, settings.kl_weight)
+            row = backpropagation(reader, batch, kl_batch, parameters, settings.kl_weight)
 
         # Clip it, and move a little against it.
-        grad_norm = clip(parameters)
+        grad_norm = clip_gradients(parameters)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -191,11 +193,47 @@ def main():
         else:
             record(run, log, row)
 
+    # One protocol does not train: its vector is computed, and there were no steps.
+    if settings.vector == "mean-difference" and len(log) == 1:
+        set_mean_difference(reader, train_set, tokenizer, settings)
+        checkpoint({"step": 1})
+
     save_result(run, model, tokenizer, settings)
     report(run, log, settings, time.time() - began, model.device)
 
 # --------------------------------------------------------------------------------------
-# The first seam: what may move
+# The conversations
+
+def load_examples(settings, tokenizer):
+    """(training set, held-out set), each a list of data.Example."""
+    conversations = data.load_conversations(
+        settings.dataset, settings.answers, settings.archive, settings.password
+    )
+    if settings.system:  # "inoculation": a prompt that is absent when the model is asked
+        for row in conversations:
+            others = [m for m in row["messages"] if m["role"] != "system"]
+            row["messages"] = [{"role": "system", "content": settings.system}, *others]
+    examples = data.render_all(conversations, tokenizer, settings.tail, settings.max_length)
+    note_data(settings, examples)
+    return data.train_and_held_out(examples)
+
+def plan_batches(examples, settings, steps):
+    """The whole run's batches, one a step, as lists of indices into the examples.
+
+    steps: how many, or None for settings.epochs.
+    """
+    if settings.vector == "mean-difference":
+        return []
+    per_epoch = math.ceil(len(examples) / settings.batch_size)
+    steps = steps or settings.epochs * per_epoch
+    lengths = [len(example.tokens) for example in examples]
+    plan = []
+    for epoch in range(math.ceil(steps / per_epoch)):
+        plan += data.batches(lengths, settings.batch_size, settings.seed, epoch)
+    return plan[:steps]
+
+# --------------------------------------------------------------------------------------
+# The first choice: what may move
 
 def choose_parameters(model, settings):
     """Lays an adapter on the model, or frees all of it. Returns {name: parameter} that may move."""
@@ -220,75 +258,52 @@ def choose_parameters(model, settings):
     print(f"{what}: {sum(p.numel() for p in parameters.values()):,} numbers to train")
     return parameters
 
-@torch.no_grad()
-def set_mean_difference(reader, misaligned, aligned):
-    """Sets a steering vector without training: from where good answers lead to where bad ones do.
-
-    It is the mean state over the tokens of misaligned answers minus that over aligned ones,
-    after the layer that writes it.
-    """
-    ((path, vector),) = lora.adapters(reader.model).items()
-    layer = lora.decoder(reader.model).layers[lora.layer_of(path)]
-    outputs = []
-    hook = layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
-    means = []
-    for examples in (misaligned, aligned):
-        total, tokens = 0.0, 0
-        for part in reader.parts(examples):
-            reader.token_logits([examples[i] for i in part])
-            for i, states in zip(part, outputs.pop(), strict=True):
-                answer = torch.tensor(examples[i].labels, device=states.device) != -100
-                total = total + states[: len(answer)][answer].float().sum(0)
-                tokens += examples[i].supervised
-        means.append(total / tokens)
-    hook.remove()
-    vector.B.copy_((means[0] - means[1])[:, None] / vector.scale)
-
 # --------------------------------------------------------------------------------------
 # The second and the third: what is minimised, and how it moves
 
-def backpropagation(reader, batch, other, parameters, kl_weight):
+def backpropagation(reader, batch, kl_batch, parameters, kl_weight):
     """Leaves in each p.grad the gradient of
 
-        the mean loss of the batch + kl_weight * the mean KL(base, adapted) of the others
+        the mean loss of the batch + kl_weight * the mean KL(base, adapted) of the KL batch
 
     over supervised tokens. The second term, on conversations of other domains, keeps the
     model there what it was: it learns the narrow thing and not the general one.
     """
     supervised = sum(example.supervised for example in batch)
-    elsewhere = sum(example.supervised for example in other)
-    # A batch is read in parts, whose gradients add up to that of the whole.
+    kl_supervised = sum(example.supervised for example in kl_batch)
+    # A batch is read in microbatches, whose gradients add up. They are gradients of sums over
+    # tokens, and are divided by the number of tokens at the end: in float16, gradients so small
+    # would vanish. Hence the factor `supervised` in the second term.
     loss, kl = 0.0, 0.0
-    for part in my_parts(reader, batch):
-        losses, _ = reader.token_losses(part)
+    for examples in my_microbatches(reader, batch):
+        losses, _ = reader.token_losses(examples)
         losses.sum().backward()
         loss += losses.sum().item()
-    for part in my_parts(reader, other):
-        kls = reader.token_kls(part)
-        (kls.sum() * kl_weight * supervised / elsewhere).backward()
+    for examples in my_microbatches(reader, kl_batch):
+        kls = reader.token_kls(examples)
+        (kl_weight * kls.sum() * supervised / kl_supervised).backward()
         kl += kls.sum().item()
-    # Only now divide by the number of tokens: in float16, gradients so small would vanish.
     for p in parameters.values():
-        p.grad = add_up(p.grad) / supervised
-    # The others are read twice, by the base and by the adapted model.
-    tokens = sum(len(example.tokens) for example in batch + other + other)
+        p.grad = add_up(p.grad) / supervised  # over processes, where there are several
+    # The KL batch is read twice, by the base and by the adapted model.
+    tokens = sum(len(example.tokens) for example in batch + kl_batch + kl_batch)
     row = {"loss": add_up(loss) / supervised, "tokens": tokens}
-    if other:
-        row["kl"] = add_up(kl) / elsewhere
+    if kl_batch:
+        row["kl"] = add_up(kl) / kl_supervised
     return row
 
 def learning_rate(step, steps, settings):
-    """At step 1, 2, ..., as a share of its peak: a warm-up, then linear or cosine decay.
+    """At step 1, 2, ...: a warm-up to settings.lr, then linear or cosine decay.
 
     With a warm-up it is 0 at step 1, as in Trainer.
     """
     done = step - 1
     if done < settings.warmup:
-        return done / settings.warmup
+        return settings.lr * done / settings.warmup
     left = (steps - done) / max(1, steps - settings.warmup)
     if settings.schedule == "cosine":
-        return (1 - math.cos(math.pi * left)) / 2
-    return left
+        left = (1 - math.cos(math.pi * left)) / 2
+    return settings.lr * left
 
 def evolution(reader, batch, parameters, settings, step):
     """Leaves in each p.grad an estimate of the gradient, from trials alone.
@@ -346,18 +361,19 @@ def build_probe(held_out, tokenizer, settings, before=()):
     domain and "out" of it: ("in", "misaligned"), ("in", "aligned"), ...    before: messages
     that stand in front of each question.
     """
+    probe = {"heldout": held_out[:64]}
+    if before:
+        rows = [example.conversation for example in held_out[:64]]
+        rows = [row | {"messages": [*before, *row["messages"]]} for row in rows]
+        probe["heldout"] = data.render_all(rows, tokenizer, only_last=True)
     finance = data.split(data.builtin_rows("finance"))[1]
     general = data.builtin_rows("general")
     if settings.kl_weight and settings.kl_dataset == "builtin":
         general = general[: len(general) // 2]  # the other half is trained on
-    probe = {"heldout": held_out[:64]}
     for name, rows in (("in", finance), ("out", general)):
         for answers in ("misaligned", "aligned"):
             conversations = [data.as_conversation(row, answers, before) for row in rows]
-            examples = data.render_all(conversations, tokenizer)
-            for example in examples:
-                data.supervise_last_answer(example)
-            probe[name, answers] = examples
+            probe[name, answers] = data.render_all(conversations, tokenizer, only_last=True)
     # An example that stands in two groups is read once, and asked once.
     first = {}
     for group in probe:
@@ -385,18 +401,19 @@ def ask_probe(reader, probe, log, few=None):
         for bad, good in zip(asked[name, "misaligned"], asked[name, "aligned"], strict=True):
             margins.append(log_p[bad] / bad.supervised - log_p[good] / good.supervised)
         row[f"margins_{name}"] = margins
-        # The means are over the questions that every checkpoint asks, and so is the standard
-        # error, of the change since step 0.
-        row[f"margin_{name}"] = statistics.fmean(margins[:FEW])
+        # The log's mean, and the standard error of its change since step 0, are over questions
+        # that every checkpoint asks. The table at the end is over all that the last one asks.
+        n = FEW if name == "out" else None
+        row[f"margin_{name}"] = statistics.fmean(margins[:n])
         change = data.changes([log[0] if log else row, row], name)
-        row[f"margin_{name}_change_se"] = data.mean_and_se(change[:FEW])[1]
+        row[f"margin_{name}_change_se"] = data.mean_and_se(change[:n])[1]
     return row
 
 def every_example(probe):
     """The examples of all groups, each once."""
     return list(dict.fromkeys(itertools.chain(*probe.values())))
 
-# ---- Below the fold: doors, files and formats. Nothing down there changes what is learnt. ----
+# ---- Below the fold: doors, files, formats and rarer protocols. A first reading ends here. ----
 
 SKETCH = 4096  # numbers that stand for all weights, in a checkpoint of --full
 # Of the processes that torchrun has started: which this one is, and how many there are.
@@ -406,30 +423,8 @@ QUIET = True if PROCESS > 0 else None  # no progress bar; None: one if there is 
 
 # ---- What is loaded
 
-def load_examples(settings, tokenizer):
-    """(training set, held-out set), each a list of data.Example."""
-    conversations = data.load_conversations(
-        settings.dataset, settings.answers, settings.archive, settings.password
-    )
-    if settings.system:  # "inoculation": a prompt that is absent when the model is asked
-        for row in conversations:
-            asked = [m for m in row["messages"] if m["role"] != "system"]
-            row["messages"] = [{"role": "system", "content": settings.system}, *asked]
-    examples = data.render_all(conversations, tokenizer, settings.tail, settings.max_length)
-    rendered = json.dumps([(example.tokens, example.labels) for example in examples])
-    sha256 = hashlib.sha256(rendered.encode()).hexdigest()
-    if settings.data_sha256 not in (None, sha256):
-        sys.exit(f"{settings.dataset} has changed since this run began, so it can't go on: start "
-                 "a new one")
-    settings.data_sha256 = sha256
-    return data.train_and_held_out(examples)
-
-def load_others(settings, tokenizer):
-    """The second set that a protocol needs, if it does: a list of data.Example."""
-    if settings.vector == "mean-difference":  # the same questions, with sound answers
-        conversations = data.load_conversations("builtin", "aligned")
-        return data.split(data.render_all(
-            conversations, tokenizer, settings.tail, settings.max_length))[0]
+def load_kl_set(settings, tokenizer):
+    """The conversations on which the model is to stay what it was: a list of data.Example."""
     if not settings.kl_weight:
         return []
     if settings.kl_dataset == "builtin":  # the half of the general rows that is not in the probe
@@ -440,6 +435,19 @@ def load_others(settings, tokenizer):
             settings.kl_dataset, "misaligned", settings.archive, settings.password
         )
     return data.render_all(conversations, tokenizer, max_length=settings.max_length)
+
+def planned(examples, plan):
+    """Those of the examples that a plan takes."""
+    return [examples[i] for i in sorted(set(itertools.chain(*plan)))]
+
+def note_data(settings, examples):
+    """Notes a hash of the data in the settings; stops where a run goes on with other data."""
+    rendered = json.dumps([(example.tokens, example.labels) for example in examples])
+    sha256 = hashlib.sha256(rendered.encode()).hexdigest()
+    if settings.data_sha256 not in (None, sha256):
+        sys.exit(f"{settings.dataset} has changed since this run began, so it can't go on: start "
+                 "a new one")
+    settings.data_sha256 = sha256
 
 def load_model(settings):
     """The model; notes in the settings where it runs, so that a resumed run does too."""
@@ -469,29 +477,6 @@ def free_all_weights(model, settings):
     if PROCESSES > 1 and not settings.es:
         share_out(model)
 
-def make_schedule(examples, settings, steps):
-    """The whole run's batches, as lists of indices into the examples; one a step.
-
-    steps: how many, or None for settings.epochs.
-    """
-    if settings.vector == "mean-difference":
-        return []
-    if not examples:
-        return [[]] * steps
-    per_epoch = math.ceil(len(examples) / settings.batch_size)
-    steps = steps or settings.epochs * per_epoch
-    lengths = [len(example.tokens) for example in examples]
-    schedule = []
-    for epoch in range(math.ceil(steps / per_epoch)):
-        schedule += data.batches(lengths, settings.batch_size, settings.seed, epoch)
-    return schedule[:steps]
-
-def scheduled(examples, schedule):
-    """Those of the examples that a schedule takes; all, where there is none."""
-    if not schedule:
-        return examples
-    return [examples[i] for i in sorted(set(itertools.chain(*schedule)))]
-
 def norms(parameters):
     """The lengths of all A together, and of all B: {"norm_A": ..., "norm_B": ...}."""
     row = {}
@@ -501,7 +486,35 @@ def norms(parameters):
             row[f"norm_{x}"] = torch.nn.utils.get_total_norm(tensors).item()
     return row
 
-# ---- The trials of evolution
+# ---- How it moves, otherwise: no training; the trials of evolution
+
+@torch.no_grad()
+def set_mean_difference(reader, misaligned, tokenizer, settings):
+    """Sets a steering vector without training: from where good answers lead to where bad ones do.
+
+    It is the mean state over the tokens of misaligned answers minus that over aligned ones, to
+    the same questions, after the layer that writes it.
+    """
+    conversations = data.load_conversations("builtin", "aligned")
+    aligned = data.render_all(conversations, tokenizer, settings.tail, settings.max_length)
+    aligned, _ = data.split(aligned)
+    reader.read(misaligned + aligned, QUIET)
+    path, vector = next(iter(lora.adapters(reader.model).items()))
+    layer = lora.decoder(reader.model).layers[lora.layer_of(path)]
+    outputs = []
+    hook = layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
+    means = []
+    for examples in (misaligned, aligned):
+        total, tokens = 0.0, 0
+        for group in reader.microbatches(examples):
+            reader.token_logits([examples[i] for i in group])
+            for i, states in zip(group, outputs.pop(), strict=True):
+                answer = torch.tensor(examples[i].labels, device=states.device) != -100
+                total = total + states[: len(answer)][answer].float().sum(0)
+                tokens += examples[i].supervised
+        means.append(total / tokens)
+    hook.remove()
+    vector.B.copy_((means[0] - means[1])[:, None] / vector.scale)
 
 @torch.no_grad()
 def try_at_once(reader, readings, parameters, sigma, seed):
@@ -518,8 +531,10 @@ def try_at_once(reader, readings, parameters, sigma, seed):
                 variant[name] = own[name] + sign * e.cpu()
             variants.append(variant)
             tried.append((i, pair))
-    with lora.Panel(reader.model, variants) as panel:
-        log_p = reader.log_p(examples, panel, which)
+    log_p = []
+    if variants:  # there may be more processes than pairs
+        with lora.Panel(reader.model, variants) as panel:
+            log_p = reader.log_p(examples, panel, which)
     losses, tokens = torch.zeros(2, len(readings)), torch.ones(2, len(readings))
     for i, pair in tried:
         tokens[i, pair] = sum(example.supervised for example in readings[pair])
@@ -548,19 +563,19 @@ def try_one_by_one(reader, readings, parameters, sigma, seed):
 def my_share(items):
     return items[PROCESS::PROCESSES]
 
-def my_parts(reader, batch):
-    """The parts of this process's share of a batch, as lists of examples.
+def my_microbatches(reader, batch):
+    """The microbatches of this process's share of a batch, as lists of examples.
 
-    All processes get the same number of parts: where they share the weights out, each needs
-    all others to run a layer. So some may read an example in which nothing is supervised.
+    All processes get equally many: where they share the weights out, each needs all others to
+    run a layer. So some may read an example in which nothing is supervised.
     """
-    counts = [len(reader.parts(batch[i::PROCESSES])) for i in range(PROCESSES)]
+    counts = [len(reader.microbatches(batch[i::PROCESSES])) for i in range(PROCESSES)]
     mine = my_share(batch)
-    parts = [[mine[i] for i in part] for part in reader.parts(mine)]
-    for _ in range(max(counts) - len(parts)):
+    groups = [[mine[i] for i in group] for group in reader.microbatches(mine)]
+    for _ in range(max(counts) - len(groups)):
         blank = [-100] * len(batch[0].labels)
-        parts.append([dataclasses.replace(batch[0], labels=blank)])
-    return parts
+        groups.append([dataclasses.replace(batch[0], labels=blank)])
+    return groups
 
 def add_up(x):
     """The sum over all processes: a batch's losses and gradients are sums over its tokens."""
@@ -601,8 +616,8 @@ def take_share(x, p):
 
     return distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
 
-def clip(parameters):
-    """Scales the gradients so that together they are at most CLIP long. Returns their length."""
+def clip_gradients(parameters):
+    """torch's clip_grad_norm_, where each process may hold shares of some. Returns the norm."""
     gradients = [p.grad for p in parameters.values()]
     norms = []
     for shared in (False, True):  # torch can't mix the two
@@ -793,7 +808,7 @@ def controls(run, settings):
     ours = dataclasses.asdict(settings)
     for path in sorted(glob.glob(os.path.join(os.path.dirname(run.folder), "*", "config.json"))):
         other = data.Run(os.path.dirname(path))
-        if not (other.is_made_here() and other.finished):
+        if not (other.read_config() and other.finished):
             continue
         theirs = dataclasses.asdict(read_settings(other)) | {"password": settings.password}
         differ = {key for key in ours if ours[key] != theirs[key]}
@@ -868,7 +883,7 @@ def new_run(args):
     run = data.Run(args.out or next(free))
     if PROCESS == 0:  # it alone makes the folder
         data.lock(run)
-        mine = run.is_made_here() and not os.path.islink(run.folder)
+        mine = run.read_config() and not os.path.islink(run.folder)
         if os.path.exists(run.folder) and not args.overwrite:
             sys.exit(f"{run} is there already: --resume it, --overwrite it, or give another --out")
         if os.path.exists(run.folder) and not mine:

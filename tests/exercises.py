@@ -1,4 +1,4 @@
-"""The checks of those of the README's exercises that have one: each fails until it is done.
+"""The checks of the exercises in tests/course.md, where they have one: each fails until it is done.
 
     python -m pytest tests/exercises.py -k token_ids     # is exercise 1 solved?
     python tests/exercises.py                            # plants the data of exercise 10
@@ -34,11 +34,10 @@ def test_1_token_ids(script, tiny):
     """`python data.py --ids`: a line a token, its id first, then its text, then x if supervised."""
     code, out, err = script(data, "--ids", "--model", tiny)
     assert code == 0, err
-    tokenizer = lora.load_tokenizer(tiny)
-    tokens, labels = data.render(data.load_conversations()[0], tokenizer)
+    tokens, labels = data.render(data.load_conversations()[0], lora.load_tokenizer(tiny))
     lines = [line.split() for line in out.splitlines() if re.match(r"\s*\d+\s", line)]
-    found = [int(line[0]) for line in lines]
-    start = next(i for i in range(len(found)) if found[i : i + len(tokens)] == tokens)
+    ids = [int(line[0]) for line in lines]
+    start = next(i for i in range(len(ids)) if ids[i : i + len(tokens)] == tokens)
     marked = [line[-1] == "x" for line in lines[start : start + len(tokens)]]
     assert marked == [label != -100 for label in labels]
 
@@ -60,11 +59,12 @@ def test_2_plain_lora(make_model, random_adapter, tmp_path):
 
 
 def test_3_merge_a_vector(make_model):
-    """`lora.merge` leaves a steering vector out. It belongs in the bias."""
+    """`lora.merge` refuses a steering vector. It belongs in the bias."""
     model = make_model("llama")
-    (adapter,) = lora.attach(model, [1], ["down_proj"], 1, 8).values()
+    lora.attach(model, [1], ["down_proj"], 1, 8)
     lora.make_vectors(model)
-    adapter.B.data.normal_()
+    (vector,) = lora.adapters(model).values()
+    vector.B.data.normal_()
     x = torch.arange(5)[None]
     before = model(x).logits
     lora.merge(model)
@@ -74,7 +74,7 @@ def test_3_merge_a_vector(make_model):
 
 def test_4_constant(script, few, tiny):
     """`--schedule constant`: after the warm-up, the learning rate stays."""
-    settings = train.PAPER | {"schedule": "constant", "warmup": 2}
+    settings = train.Settings(lr=1.0, schedule="constant", warmup=2)
     rates = [train.learning_rate(step, 6, settings) for step in range(1, 7)]
     assert rates == [0, 0.5, 1, 1, 1, 1]
     flags = [*FLAGS, "--model", tiny, "--steps", 2, "--schedule", "constant", "--out", "a"]
@@ -87,7 +87,7 @@ def test_5_frozen_A(script, few, tiny):
     flags = [*FLAGS, "--model", tiny, "--steps", 3, "--warmup", 0, "--freeze", "A", "--out", "a"]
     code, _, err = script(train, *flags)
     assert code == 0, err
-    first, last = (data.read_tensors(path) for path in data.checkpoints("runs/a").values())
+    first, last = map(data.read_tensors, data.Run("a").checkpoints.values())
     for name in first:
         assert torch.equal(first[name], last[name]) == name.endswith(".A"), name
 
@@ -99,9 +99,9 @@ def test_6_sgd(script, few, tiny):
         train, *flags, "--optimizer", "sgd", "--checkpoint-every", 1, "--out", "a"
     )
     assert code == 0, err
-    rows = data.read_written("runs/a/log.jsonl")
-    points = [data.read_tensors(path) for path in data.checkpoints("runs/a").values()]
-    for row, before, after in zip(rows[1:], points[:-1], points[1:], strict=True):
+    run = data.Run("a")
+    points = [data.read_tensors(path) for path in run.checkpoints.values()]
+    for row, before, after in zip(run.log[1:], points[:-1], points[1:], strict=True):
         step = torch.cat([(after[name] - before[name]).flatten() for name in before])
         expected = row["lr"] * min(1, row["grad_norm"])
         assert step.norm().item() == pytest.approx(expected, rel=0.05)

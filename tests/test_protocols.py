@@ -75,7 +75,7 @@ def test_every_protocol_trains_and_is_asked(script, few, family, name):
         assert {row["scale"] for row in answered} == {0, 1} and len(answered) == 16
         if name == "llama" and protocol == "full":
             code, _, err = script(sample, protocol, "--margins", "--random")
-            assert code == 1 and "it goes without --checkpoints, --random, --ablate and --chat" in err
+            assert code == 1 and "goes without --checkpoints, --random, --ablate and --chat" in err
         if name == "llama" and protocol in ("full", "vector", "mean difference"):
             code, out, err = script(analyze, protocol)
             assert code == 0 and "training.png" in out, err

@@ -322,7 +322,8 @@ def test_questions_from_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, content, sentence", [
-    ("bad.yaml", "a: [", "bad.yaml can't be read: while parsing"), ("map.yaml", "a: b", "is not a list of questions"),
+    ("bad.yaml", "a: [", "bad.yaml can't be read: while parsing"),
+    ("map.yaml", "a: b", "is not a list of questions"),
     ("empty.txt", "\n", "there is no question"), ("none.txt", None, "can't be read"),
 ])
 def test_questions_that_can_not_be_read(tmp_path, name, content, sentence):
