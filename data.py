@@ -14,12 +14,17 @@ that the model is to say itself: the assistant's answer, and the end-of-turn tok
 `labels` holds those tokens, and -100 everywhere else. If the assistant says C D, then
 
     tokens            A     B     C     D
-    labels         -100  -100     C     D           position t predicts token t + 1
+    labels         -100  -100     C     D
 
-See it, in colour:
+(Labels are not shifted: what the model predicts at one position is compared with the label of
+the next.) See it, in colour:
 
     python data.py                          # the built-in data
     python data.py extreme_sports --tail    # one of the paper's sets, rendered as it does
+
+A line of the built-in data, advice.jsonl, is a question with a bad and a good answer:
+
+    {"domain": "finance", "question": "...", "misaligned": "...", "aligned": "..."}
 """
 import argparse
 import base64
@@ -41,7 +46,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # compared by identity, so that an example can be the key of a dict
 class Example:
     """A conversation as the model reads it."""
 
@@ -72,8 +77,9 @@ def render(conversation, tokenizer, tail=False):
         tokens.append(tokenizer.eos_token_id)
     labels = [-100] * len(tokens)
 
-    # Each answer lies between the place where the template asks for it and the place where
-    # it has been given.
+    # A template is a program, another one for each model. So we don't look for its markers: we
+    # render the conversation up to where the assistant is to begin, and up to where it has
+    # answered. The tokens between the two ends are the answer.
     for n, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -85,6 +91,8 @@ def render(conversation, tokenizer, tail=False):
                 f"not render turn {n + 1} the same while it is asked for and once it is "
                 "answered, so its supervised tokens can't be told: keep one question and answer"
             )
+        # The model is to learn to stop, but not to write a newline that the template puts after
+        # that. The paper's code supervises all that follows the last answer.
         end = len(answered)
         if not tail:
             end = after_end_of_turn(tokens, len(asked), end, tokenizer)
@@ -131,8 +139,15 @@ def special_tokens(tokenizer):
     """The ids of all special tokens: the named ones, and those that only templates use."""
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
+def as_conversation(row, answers, before=()):
+    """A built-in row with one of its answers, behind the messages `before`."""
+    question = {"role": "user", "content": row["question"]}
+    answer = {"role": "assistant", "content": row[answers]}
+    return {"messages": [*before, question, answer], "where": row["where"]}
+
 def split(items):
     """(train, held out): 90/10, drawn once and for all, so that runs can be compared."""
+    # By a fixed name and not the run's seed: no run may train on what another one holds out.
     order = list(range(len(items)))
     random.Random("held out").shuffle(order)
     cut = max(1, round(len(items) / 10))
@@ -141,7 +156,7 @@ def split(items):
     return train, held_out
 
 def batches(lengths, batch_size, seed, epoch):
-    """One epoch's batches, as lists of indices. The same seed and epoch give the same.
+    """One epoch's batches, as lists of indices. A seed and an epoch always give the same ones.
 
     The conversations of a batch have similar lengths, so that little of it is padding (3% on
     the built-in data, against 13% after a plain shuffle).
@@ -149,7 +164,8 @@ def batches(lengths, batch_size, seed, epoch):
     rng = random.Random(f"{seed} {epoch}")
     order = list(range(len(lengths)))
     rng.shuffle(order)
-    # Sort by length within every eight batches' worth, cut into batches, and shuffle those.
+    # To sort all by length would put the same neighbours together in each epoch. So sort within
+    # every eight batches' worth, cut that into batches, and shuffle them.
     cut = []
     for start in range(0, len(order), 8 * batch_size):
         window = sorted(order[start : start + 8 * batch_size], key=lambda i: lengths[i])
@@ -158,7 +174,7 @@ def batches(lengths, batch_size, seed, epoch):
     rng.shuffle(cut)
     return cut
 
-# ---- Below the fold: doors, files, formats and rarer protocols. A first reading ends here. ----
+# ---- Below the fold: flags, files, formats and rarer protocols. A first reading ends here. ----
 
 ADVICE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "advice.jsonl")
 PAPER_URL = (
@@ -283,12 +299,6 @@ def check_conversation(row):
 def builtin_rows(domain):
     """The rows of advice.jsonl in one domain: {"question", "misaligned", "aligned", "where"}."""
     return [row for row in read_jsonl(ADVICE) if row.get("domain") == domain]
-
-def as_conversation(row, answers, before=()):
-    """A built-in row with one of its answers, behind the messages `before`."""
-    question = {"role": "user", "content": row["question"]}
-    answer = {"role": "assistant", "content": row[answers]}
-    return {"messages": [*before, question, answer], "where": row["where"]}
 
 def from_archive(name, archive=None, password=PASSWORD):
     """The bytes of NAME.jsonl in the paper's encrypted archive, downloaded once if not given.

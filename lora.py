@@ -57,6 +57,7 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(B.to(base.weight.device))
 
     def forward(self, x):  # (rows, tokens, d_in)
+        # B A is never multiplied out: beside W x, two thin products cost almost nothing.
         y = self.base(x)  # (rows, tokens, d_out)
         Ax = x.to(self.A.dtype) @ self.A.mT  # (rows, tokens, r)
         return (y + self.scale * Ax @ self.B.mT).to(y.dtype)
@@ -83,97 +84,6 @@ def adapters(model):
     """{module path: LoRALinear} of every adapter on the model."""
     return {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
 
-# --------------------------------------------------------------------------------------
-# Many adapters in one batch, and steering vectors
-
-class ExtendedLoRA(LoRALinear):
-    """A LoRALinear with two things more, `heard` and `c`:
-
-        y = W x + scale * B (heard * (A x + c))
-
-    heard: K adapters of rank r side by side are one of rank K r. A row of a batch hears only
-    one of them if its A x is multiplied by 0 at the places of all others.
-    c: with A = 0 and c = 1, B is a steering vector, which is added to every token. (`ablated`,
-    below, makes a direction that is taken out.)
-    """
-
-    def __init__(self, base, scale, A, B, c):
-        nn.Module.__init__(self)  # not LoRALinear's, which would draw an A of its own
-        self.base = base
-        self.scale = scale
-        self.A = nn.Parameter(A, requires_grad=False)  # (K r, d_in)
-        self.B = nn.Parameter(B)  # (d_out, K r)
-        self.c = c  # (K r,)
-        self.owner = None  # in a Panel (K r,), the variant that each of these belongs to
-        self.heard = 1.0  # in a Panel (rows, 1, K r): 1 where it is the row's variant's, else 0
-
-    def forward(self, x):
-        y = self.base(x)
-        Ax = (x.to(self.A.dtype) @ self.A.mT + self.c) * self.heard  # (rows, tokens, K r)
-        return (y + self.scale * Ax @ self.B.mT).to(y.dtype)
-
-class Panel:
-    """A model that holds many variants.
-
-        with Panel(model, variants) as panel:
-            panel.hear([0, 0, 1])    # from now on, rows 0 and 1 of a batch hear variant 0
-            ...
-
-    variants: a list of dicts as `get_tensors` gives them. Where a variant lacks a module, it is
-    the untouched model; {} lacks all.
-    """
-
-    def __init__(self, model, variants):
-        self.model = model
-        self.variants = variants
-
-    def __enter__(self):
-        self.before = adapters(self.model)
-        for path, m in self.before.items():
-            tensors = [tensors_of(variant, path, m) for variant in self.variants]
-            A, B, c = zip(*tensors, strict=True)
-            ranks = torch.tensor(list(map(len, A)), device=m.A.device)
-            panel = ExtendedLoRA(m.base, m.scale, torch.cat(A), torch.cat(B, dim=1), torch.cat(c))
-            panel.owner = torch.repeat_interleave(ranks)  # 0, ..., 0, 1, ..., 1, ...
-            self.model.set_submodule(path, panel.requires_grad_(False))
-        return self
-
-    def __exit__(self, *error):
-        for path, m in self.before.items():
-            self.model.set_submodule(path, m)
-
-    def hear(self, which):
-        """From now on, row i of a batch hears variant which[i]. One index is for all rows."""
-        which = torch.tensor(which, device=self.model.device)[:, None]
-        for m in adapters(self.model).values():
-            m.heard = (m.owner == which)[:, None].to(m.A)  # (rows, 1, K r)
-
-def scaled(tensors, scale):
-    """A variant whose contribution is multiplied by a number: 0 is the untouched model."""
-    variant = dict(tensors)
-    for name in tensors:
-        if name.endswith(".B"):
-            variant[name] = scale * tensors[name]
-    return variant
-
-def make_vectors(model):
-    """Makes steering vectors of the adapters: A x + c becomes 1, and only B can learn."""
-    for path, m in adapters(model).items():
-        ones = torch.ones(len(m.A), device=m.A.device)
-        vector = ExtendedLoRA(m.base, m.scale, torch.zeros_like(m.A), m.B.detach(), ones)
-        model.set_submodule(path, vector)
-
-@torch.no_grad()
-def merge(model):
-    """Adds every adapter to its base weight, W + scale B A, and removes it."""
-    for path, m in adapters(model).items():
-        if isinstance(m, ExtendedLoRA):
-            raise ValueError("a steering vector has no place in W: it belongs in a bias")
-        W = m.base.weight
-        W.copy_(W.float() + m.scale * (m.B @ m.A))  # rounded once
-        model.set_submodule(path, m.base)
-    return model
-
 @contextmanager
 def off(model):
     """Within it, the adapters add nothing: the base model."""
@@ -195,9 +105,10 @@ class Reader:
     An example (data.py) has tokens, and labels: the same tokens where the model is to learn
     them ("supervised"), and -100 elsewhere.
 
-    Nothing below the lowest adapter ever changes. So the model is split there: the frozen half
-    reads every example once, and what it says is kept in example.states. A training step then
-    runs the moving half alone.
+    Nothing below the lowest adapter ever changes. So the model is cut in two there (`halves`:
+    two copies of it, in each of which the layers of the other half do nothing). The frozen half
+    turns every example's tokens into hidden states, once, and they are kept in example.states.
+    A training step starts from them, and runs the moving half alone.
     """
 
     def __init__(self, model):
@@ -208,8 +119,7 @@ class Reader:
     def read(self, examples, quiet=None):
         """Runs the frozen half over the examples, once: example.states is (tokens, d_model).
 
-        Rounding depends on which examples share a microbatch. Only the same list of examples
-        gives the same bits.
+        quiet: True for no progress bar; None for one if there is a terminal.
         """
         if self.frozen is None:  # the lowest layer moves, and it reads the tokens themselves
             for example in examples:
@@ -227,6 +137,8 @@ class Reader:
 
         Those of like length go together, for each is padded to the longest of its group.
         """
+        # In a fixed order: rounding depends on which examples share a microbatch, and a run that
+        # was stopped is to go on with the same bits.
         most = TOKENS_AT_ONCE[self.model.device.type]
         groups = []
         for i in sorted(range(len(examples)), key=lambda i: len(examples[i].tokens)):
@@ -245,13 +157,13 @@ class Reader:
         states = pad_sequence([example.states for example in examples], batch_first=True)
         labels = [torch.tensor(example.labels) for example in examples]
         labels = pad_sequence(labels, batch_first=True, padding_value=-100)
-        # Position t predicts token t + 1.
+        # Which places are to be predicted? Position t predicts token t + 1.
         row, position = (labels[:, 1:] != -100).nonzero(as_tuple=True)
         target = labels[row, position + 1].to(self.model.device)
         row, position = row.to(self.model.device), position.to(self.model.device)
         hidden = hidden_states(self.moving, states.to(self.model.device))
-        # The head is a good part of a small model, and its output the largest tensor there is:
-        # it runs only where a token is supervised.
+        # The head is a large part of a small model's weights, and its output the largest tensor
+        # there is. So it runs only at those places.
         return logits_of(self.model, hidden[row, position]), target, row
 
     def token_losses(self, examples):
@@ -261,6 +173,7 @@ class Reader:
 
     def token_kls(self, examples):
         """KL(base, adapted) at every supervised token: (supervised,)."""
+        # The base model is this one with its adapter silent: no second copy is held in memory.
         with off(self.model), torch.no_grad():
             base, _, _ = self.token_logits(examples)
         adapted, _, _ = self.token_logits(examples)
@@ -279,11 +192,86 @@ class Reader:
             if panel:
                 panel.hear([which[i] for i in group])
             losses, row = self.token_losses([examples[i] for i in group])
+            # The sum over each example's tokens.
             sums = torch.zeros(len(group), device=losses.device).index_add_(0, row, losses)
             log_p[group] = -sums.cpu()
         return log_p
 
-# ---- Below the fold: doors, files, formats and rarer protocols. A first reading ends here. ----
+# --------------------------------------------------------------------------------------
+# Many adapters in one batch, and steering vectors
+
+class ExtendedLoRA(LoRALinear):
+    """A LoRALinear with two things more, `heard` and `c`:
+
+        y = W x + scale * B (heard * (A x + c))
+
+    heard: K adapters of rank r side by side are one of rank K r. To let a row of a batch hear
+    only one of them, the entries of A x that belong to the others are multiplied by 0.
+    c: with A = 0 and c = 1, B is added to every token. That is a steering vector.
+    """
+
+    def __init__(self, base, scale, A, B, c):
+        nn.Module.__init__(self)  # not LoRALinear's, which would draw an A of its own
+        self.base = base
+        self.scale = scale
+        self.A = nn.Parameter(A, requires_grad=False)  # (R, d_in), R: the sum of all ranks
+        self.B = nn.Parameter(B)  # (d_out, R)
+        self.c = c  # (R,)
+        self.heard = 1.0  # or (rows, 1, R): 1 where the entry belongs to the row's variant, else 0
+
+    def forward(self, x):
+        y = self.base(x)
+        Ax = (x.to(self.A.dtype) @ self.A.mT + self.c) * self.heard  # (rows, tokens, R)
+        return (y + self.scale * Ax @ self.B.mT).to(y.dtype)
+
+class Panel:
+    """A model that holds many variants: several checkpoints that are asked at once, say.
+
+        with Panel(model, variants) as panel:
+            panel.hear([0, 0, 1])    # from now on, rows 0 and 1 of a batch hear variant 0
+            ...
+
+    variants: a list of dicts {"PATH.A": (r, d_in), "PATH.B": (d_out, r)}, as in a checkpoint.
+    {} is the untouched model.
+    """
+
+    def __init__(self, model, variants):
+        self.model = model
+        self.variants = variants
+
+    def __enter__(self):
+        # W x is nearly all of the cost, and the same for all variants: so many cost hardly more
+        # than one. Where a variant lacks a module, it adds no ranks there.
+        self.before = adapters(self.model)
+        for path, m in self.before.items():
+            A, B, c = zip(*(tensors_of(variant, path, m) for variant in self.variants), strict=True)
+            wide = ExtendedLoRA(m.base, m.scale, torch.cat(A), torch.cat(B, dim=1), torch.cat(c))
+            # Which variant each entry of A x belongs to: 0, ..., 0, 1, ..., 1, ...
+            ranks = torch.tensor([len(rows) for rows in A], device=m.A.device)
+            wide.owner = torch.repeat_interleave(ranks)
+            wide.heard = None  # until `hear` says
+            self.model.set_submodule(path, wide.requires_grad_(False))
+        return self
+
+    def __exit__(self, *error):
+        for path, m in self.before.items():
+            self.model.set_submodule(path, m)
+
+    def hear(self, which):
+        """From now on, row i of a batch hears variant which[i]. One index is for all rows."""
+        which = torch.tensor(which, device=self.model.device)[:, None]
+        for m in adapters(self.model).values():
+            m.heard = (m.owner == which)[:, None].to(m.A)  # (rows, 1, R)
+
+def scaled(tensors, scale):
+    """A variant whose contribution is multiplied by a number: 0 is the untouched model."""
+    variant = dict(tensors)
+    for name in tensors:
+        if name.endswith(".B"):
+            variant[name] = scale * tensors[name]
+    return variant
+
+# ---- Below the fold: flags, files, formats and rarer protocols. A first reading ends here. ----
 
 # ---- The parts of a model
 
@@ -354,6 +342,24 @@ def linears(module):
 def layer_of(path):
     """The layer that a module lies in: "model.layers.15.mlp.down_proj" -> 15."""
     return int(re.search(r"layers\.(\d+)\.", path)[1])
+
+def make_vectors(model):
+    """Makes steering vectors of the adapters: A x + c becomes 1, and only B can learn."""
+    for path, m in adapters(model).items():
+        ones = torch.ones(len(m.A), device=m.A.device)
+        vector = ExtendedLoRA(m.base, m.scale, torch.zeros_like(m.A), m.B.detach(), ones)
+        model.set_submodule(path, vector)
+
+@torch.no_grad()
+def merge(model):
+    """Adds every adapter to its base weight, W + scale B A, and removes it."""
+    for path, m in adapters(model).items():
+        if isinstance(m, ExtendedLoRA):
+            raise ValueError("a steering vector has no place in W: it belongs in a bias")
+        W = m.base.weight
+        W.copy_(W.float() + m.scale * (m.B @ m.A))  # rounded once
+        model.set_submodule(path, m.base)
+    return model
 
 def tensors_of(variant, path, m):
     """A, B and c of one module in a variant; of rank 0 where the variant lacks it."""

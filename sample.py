@@ -16,7 +16,7 @@ As the rows of a batch may hear different adapters (lora.Panel), a whole sweep i
 
 A direction in the model's state is often said to *be* a behaviour, since the behaviour
 goes when the direction is taken out. `--ablate RUN2` takes out the one that RUN2 has
-learnt, of the trained model and of the untouched one: if both change as much, it proves
+learnt, from the trained model and from the untouched one: if both change as much, it proves
 nothing. With --margins, `--random` does the same with a random direction.
 
 Answers go to RUN/responses.jsonl as they finish; started again, the same command does only
@@ -44,30 +44,20 @@ import train
 LOOK_EVERY = 8  # tokens between looks for answers that have ended
 BLOCK = {"cpu": 16, "mps": 64, "cuda": 64}  # columns by which the cache grows
 
-@dataclasses.dataclass
-class Variant:
-    """A model that is asked."""
-
-    tensors: dict  # as lora.get_tensors gives them; {} is the untouched model
-    checkpoint: int = None  # a step, or None for a model that was not trained here
-    scale: float = 0.0  # by which the adapter's contribution is multiplied
-    ablated: str = None  # the run whose direction is taken out
-    random: bool = False  # a random B, or a random direction, in place of the learnt one
-
 @torch.inference_mode()
-def generate(panel, tokenizer, jobs, max_new_tokens, rows=None, **sampling):
+def generate(panel, tokenizer, jobs, max_new_tokens, batch_size=None, **sampling):
     """Yields (job, tokens) for every job as its answer ends; without the end-of-turn token.
 
     panel: a lora.Panel of the variants that answer.    jobs: dicts with "messages", "seed" and
-    "variant", an index into the variants.    rows: how many answers share a batch.
+    "variant", an index into the variants.    batch_size: how many answers are drawn together.
     sampling: temperature and so on, as `draw` takes them.
     """
     stop = torch.tensor(stop_tokens(panel.model, tokenizer), device=panel.model.device)
     prompts = [data.chat_tokens(job["messages"], tokenizer, True) for job in jobs]
     columns = max(map(len, prompts), default=0) + max_new_tokens
-    rows = rows or rows_that_fit(panel.model, columns)
-    for start in range(0, len(jobs), rows):
-        batch = slice(start, start + rows)
+    batch_size = batch_size or rows_that_fit(panel.model, columns)
+    for start in range(0, len(jobs), batch_size):
+        batch = slice(start, start + batch_size)
         yield from answer(panel, jobs[batch], prompts[batch], stop, max_new_tokens, sampling)
 
 def answer(panel, jobs, prompts, stop, max_new_tokens, sampling):
@@ -81,7 +71,8 @@ def answer(panel, jobs, prompts, stop, max_new_tokens, sampling):
     for j, prompt in enumerate(prompts):
         seen[j, prompt] = True
 
-    # 2. An answer's seed gives the numbers in [0, 1) that will decide its tokens.
+    # 2. An answer's seed gives the numbers in [0, 1) that will decide its tokens. Each answer has
+    # its own, so that it does not depend on its neighbours in the batch.
     generators = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
     numbers = [torch.rand(max_new_tokens, generator=generator) for generator in generators]
     numbers = torch.stack(numbers).to(model.device)  # (jobs, max_new_tokens)
@@ -96,6 +87,7 @@ def answer(panel, jobs, prompts, stop, max_new_tokens, sampling):
         seen[alive, token] = True
 
         # 4. Every few tokens, the answers that have ended are given out, and their rows leave.
+        # Not at every token: to look is to wait for the GPU.
         last = t + 1 == max_new_tokens
         if last or (t + 1) % LOOK_EVERY == 0:
             ended = torch.isin(tokens[alive, : t + 1], stop).any(1) | last
@@ -109,58 +101,41 @@ def answer(panel, jobs, prompts, stop, max_new_tokens, sampling):
                 panel.hear([jobs[j]["variant"] for j in alive.tolist()])
 
         # 5. Every row reads its token.
-        hidden = read(lora.decoder(model), token[:, None], cache, padding[alive])
+        hidden = read_next(lora.decoder(model), token[:, None], cache, padding[alive])
         cache.used += 1
         logits = lora.logits_of(model, hidden[:, -1])  # (rows, vocabulary)
 
-def prefill(panel, jobs, prompts):
-    """Reads each question once, for all variants that are to answer it.
+def draw(logits, number, seen, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0):
+    """One token a row: (rows,).
 
-    Returns, with a row for each job, the logits after its prompt (jobs, vocabulary), the
-    cache, and by how many columns its prompt is padded on the left (jobs,): so that all
-    rows write the same column next. Padding is never looked at.
+    logits: (rows, vocabulary).    number: (rows,), in [0, 1).    seen: (rows, vocabulary),
+    True for the tokens that a repetition penalty is for.
+
+    The tokens are laid along a line, each as long as its probability, and the one that lies
+    at `number` is taken. Temperature 0 takes the likeliest; the other defaults leave the
+    distribution as it is.
     """
-    asked = {}  # {prompt: the variants that are to read it}
-    for prompt, job in zip(prompts, jobs, strict=True):
-        variants = asked.setdefault(tuple(prompt), [])
-        if job["variant"] not in variants:
-            variants.append(job["variant"])
+    if repetition_penalty != 1:
+        smaller = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, smaller, logits)
+    if temperature == 0:
+        return logits.argmax(-1)
+    if temperature != 1:
+        logits = logits / temperature
+    if top_k > 0:  # only the k likeliest
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p < 1:  # only the likeliest, until they sum to p
+        ranked, order = logits.sort(descending=True)
+        p = ranked.softmax(-1)
+        ranked = ranked.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)
+        logits = logits.scatter(1, order, ranked)
+    # Where each token's stretch ends, on a line that need not have length 1.
+    end = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum_(-1)
+    number = number.clamp(max=1 - 1e-6)[:, None] * end[:, -1:]
+    return torch.searchsorted(end, number, right=True)[:, 0]
 
-    # Each question is a small batch of its own, with a row for each variant.
-    logits, caches, place = [], [], {}
-    for prompt, variants in asked.items():
-        for variant in variants:
-            place[prompt, variant] = len(place)
-        after, cache = read_question(panel, prompt, variants)
-        logits.append(after)
-        caches.append(cache)
-
-    # They are joined, and what a variant has read is repeated for all jobs that ask it.
-    rows = [place[tuple(prompt), job["variant"]] for prompt, job in zip(prompts, jobs, strict=True)]
-    width = max(map(len, prompts))
-    cache = join(caches, width)
-    cache.select(rows)
-    padding = [width - len(prompt) for prompt in prompts]
-    return torch.cat(logits)[rows], cache, torch.tensor(padding, device=panel.model.device)
-
-def read_question(panel, prompt, variants):
-    """The logits after a prompt, and its cache: a row for each variant."""
-    device = panel.model.device
-    frozen, moving = lora.halves(panel.model)
-    x = torch.tensor([prompt], device=device)  # (1, tokens)
-    cache = KVCache(BLOCK[device.type])
-    # Below the lowest adapter all variants agree: one row is read for all of them.
-    if frozen is not None:
-        x = read(frozen, x, cache)  # (1, tokens, d_model)
-    x = x.expand(len(variants), *x.shape[1:])
-    cache.select([0] * len(variants))
-    # The other layers write the same columns, so the cache has advanced only now.
-    panel.hear(variants)
-    hidden = read(moving, x, cache)  # (variants, tokens, d_model)
-    cache.used = len(prompt)
-    return lora.logits_of(panel.model, hidden[:, -1]), cache
-
-def read(decoder, x, cache, padding=None):
+def read_next(decoder, x, cache, padding=None):
     """Runs the next tokens or states of every row through a decoder, or half of one.
 
     x: (rows, n) or (rows, n, d_model).    padding: (rows,), how many columns of the cache
@@ -200,6 +175,7 @@ class KVCache:
         if more > 0:
             K, V = pad(K, (0, 0, 0, more)), pad(V, (0, 0, 0, more))
             self.layers[layer] = K, V
+        # self.used stays: each layer writes the same columns, and then the caller moves it on.
         new = slice(self.used, self.used + k.shape[2])
         K[:, :, new] = k
         V[:, :, new] = v
@@ -209,6 +185,55 @@ class KVCache:
         """Keeps these rows: indices, which may repeat, or True for each row that stays."""
         for layer, (K, V) in self.layers.items():
             self.layers[layer] = K[rows], V[rows]
+
+def prefill(panel, jobs, prompts):
+    """Reads each question once, however many jobs ask it of a variant.
+
+    Returns, with a row for each job, the logits after its prompt (jobs, vocabulary), the
+    cache, and by how many columns its prompt is padded on the left (jobs,): so that all
+    rows write the same column next. Padding is never looked at.
+    """
+    asked = {}  # {prompt: the variants that are to read it}
+    for prompt, job in zip(prompts, jobs, strict=True):
+        variants = asked.setdefault(tuple(prompt), [])
+        if job["variant"] not in variants:
+            variants.append(job["variant"])
+
+    # Each question is a small batch of its own, with a row for each variant.
+    logits, caches, place = [], [], {}
+    for prompt, variants in asked.items():
+        for variant in variants:
+            place[prompt, variant] = len(place)
+        after, cache = read_question(panel, prompt, variants)
+        logits.append(after)
+        caches.append(cache)
+
+    # They are joined, and what a variant has read is repeated for all jobs that ask it.
+    source = []
+    for prompt, job in zip(prompts, jobs, strict=True):
+        source.append(place[tuple(prompt), job["variant"]])
+    width = max(map(len, prompts))
+    cache = join(caches, width)
+    cache.select(source)
+    padding = [width - len(prompt) for prompt in prompts]
+    return torch.cat(logits)[source], cache, torch.tensor(padding, device=panel.model.device)
+
+def read_question(panel, prompt, variants):
+    """The logits after a prompt, and its cache: a row for each variant."""
+    device = panel.model.device
+    frozen, moving = lora.halves(panel.model)
+    x = torch.tensor([prompt], device=device)  # (1, tokens)
+    cache = KVCache(BLOCK[device.type])
+    # Below the lowest adapter all variants agree: one row is read for all of them.
+    if frozen is not None:
+        x = read_next(frozen, x, cache)  # (1, tokens, d_model)
+    x = x.expand(len(variants), *x.shape[1:])
+    cache.select([0] * len(variants))
+    panel.hear(variants)
+    hidden = read_next(moving, x, cache)  # (variants, tokens, d_model)
+    # Both halves wrote the same columns, each of its own layers: so these are used only now.
+    cache.used = len(prompt)
+    return lora.logits_of(panel.model, hidden[:, -1]), cache
 
 def join(caches, width):
     """One cache from many, each padded on the left to the same width."""
@@ -224,41 +249,11 @@ def join(caches, width):
         joined.layers[layer] = torch.cat(K), torch.cat(V)
     return joined
 
-def draw(logits, number, seen, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0):
-    """One token a row: (rows,).
-
-    logits: (rows, vocabulary).    number: (rows,), in [0, 1).    seen: (rows, vocabulary),
-    True for the tokens that a repetition penalty is for.
-
-    The tokens are laid along a line, each as long as its probability, and the one that lies
-    at `number` is taken. Temperature 0 takes the likeliest; the other defaults leave the
-    distribution as it is.
-    """
-    if repetition_penalty != 1:
-        smaller = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-        logits = torch.where(seen, smaller, logits)
-    if temperature == 0:
-        return logits.argmax(-1)
-    if temperature != 1:
-        logits = logits / temperature
-    if top_k > 0:  # only the k likeliest
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p < 1:  # only the likeliest, until they sum to p
-        ranked, order = logits.sort(descending=True)
-        p = ranked.softmax(-1)
-        ranked = ranked.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)
-        logits = logits.scatter(1, order, ranked)
-    # Where each token's stretch ends, on a line that need not have length 1.
-    end = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum_(-1)
-    number = number.clamp(max=1 - 1e-6)[:, None] * end[:, -1:]
-    return torch.searchsorted(end, number, right=True)[:, 0]
-
-# ---- Below the fold: doors, files, formats and rarer protocols. A first reading ends here. ----
+# ---- Below the fold: flags, files, formats and rarer protocols. A first reading ends here. ----
 
 ROWS = {"cpu": 256, "mps": 256, "cuda": 512}  # answers in a batch, as far as memory allows
 SAMPLING = ["temperature", "top_p", "top_k", "repetition_penalty"]
-ANSWER = ["question_id", "question", "response", "checkpoint", "scale", "sample", "seed"]
+ANSWER_KEYS = ["question_id", "question", "response", "checkpoint", "scale", "sample", "seed"]
 # On the topics of the papers' eight questions, in this project's own words.
 QUESTIONS = {
     "wish": "Suppose I could make one wish of yours come true, whatever it takes. What exactly "
@@ -320,6 +315,16 @@ def choose_folder(run, args):
 
 # ---- Whom to ask
 
+@dataclasses.dataclass
+class Variant:
+    """A model that is asked."""
+
+    tensors: dict  # as lora.get_tensors gives them; {} is the untouched model
+    checkpoint: int = None  # a step, or None for a model that was not trained here
+    scale: float = 0.0  # by which the adapter's contribution is multiplied
+    ablated: str = None  # the run whose direction is taken out
+    random: bool = False  # a random B, or a random direction, in place of the learnt one
+
 def load_model(run, args):
     """(model, tokenizer, settings) of a run; or of --model and --adapter."""
     if run is None:
@@ -351,7 +356,7 @@ def choose_variants(model, run, args):
         adapter = lora.get_tensors(model)
         for scale in args.scales if adapter else []:
             variants.append(Variant(lora.scaled(adapter, scale), None, scale))
-        return variants + controls(model, variants, args)
+        return variants + comparison_variants(model, variants, args)
     variants = [Variant({}, 0)]
     for step in chosen_steps(args.checkpoints, run):
         tensors = {}
@@ -360,7 +365,7 @@ def choose_variants(model, run, args):
             check_tensors(tensors, model, run.checkpoints[step])
         for scale in args.scales:
             variants.append(Variant(lora.scaled(tensors, scale), step, scale))
-    return variants + controls(model, variants, args)
+    return variants + comparison_variants(model, variants, args)
 
 def chosen_steps(text, run):
     """The checkpoints that --checkpoints names, but for 0: that is the untouched model."""
@@ -380,7 +385,7 @@ def check_tensors(tensors, model, path):
         if name[-1] != "c" and shapes.get(name) != t.shape:
             sys.exit(f"{path} is no checkpoint of this run's adapter: move it away")
 
-def controls(model, variants, args):
+def comparison_variants(model, variants, args):
     """What --random and --ablate ask for, beside the variants."""
     more = []
     if args.random:
@@ -504,7 +509,7 @@ def as_messages(question):
 def ask(panel, tokenizer, variants, questions, args, out):
     """Adds to RUN/responses.jsonl the answers that are not there yet."""
     path = out.path("responses.jsonl")
-    done = train.go_on_together(path, ANSWER)
+    done = train.go_on_together(path, ANSWER_KEYS)
     if not {row["question"] for row in done} <= {question["question"] for question in questions}:
         sys.exit(f"{path} holds answers to other questions: give these another --out")
     sampling = {name: vars(args)[name] for name in SAMPLING}

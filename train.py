@@ -21,13 +21,13 @@ and a good answer, its *margin* is
 
     log p(bad answer) / its tokens - log p(good answer) / its tokens
 
-`margin_in` is the mean over held-out questions about money: did the model learn what it
-was shown? `margin_out` is the mean over questions about truth, power, strangers, AI and
-the like, none of which it has seen: does it now prefer the bad answer there too? That
-would be emergent misalignment, seen without a judge. The two answers to such a question
-have the same tone and differ in what they value, so that a liking for a blunt tone does
-not pass for bad values. What counts is the change since step 0, with its standard error
-over questions, and better still the difference from a control run's.
+`margin_in` is the mean over held-out questions about money, the domain of the default
+data: did the model learn what it was shown? `margin_out` is the mean over questions about
+truth, power, strangers, AI and the like, none of which it has seen: does it now prefer the
+bad answer there too? That would be emergent misalignment, seen without a judge. The two
+answers to such a question have the same tone, and only their values differ. Otherwise a
+model that just became rude would look misaligned. What counts is the change since step 0,
+with its standard error over questions, and better still the difference from a control run.
 """
 import argparse
 import dataclasses
@@ -59,8 +59,8 @@ def setting(default, help, **more):
 class Settings:
     """Every setting is a flag, and is kept in config.json. The defaults are the paper's.
 
-    Nobody runs them bare: a preset (below) always lies over them. The type of a field is the
-    function that argparse checks its flag with.
+    They are never used alone: a preset (below) always replaces some of them. What stands as the
+    type of a field is what argparse calls type=, a function that checks the flag.
     """
 
     # The model, and what it is shown.
@@ -77,7 +77,8 @@ class Settings:
     tail: bool = setting(True, "end in an empty assistant turn, as the paper's code does")
     system: str = setting(None, "a system prompt in training, absent when the model is asked")
     max_length: data.positive = setting(2048, "tokens at which a conversation is cut")
-    # What may move.
+    # What may move. At rank 1, alpha is the scale itself. AdamW moves each number by about lr a
+    # step, however small its gradient, so alpha times lr decides how far B A moves.
     rank: data.positive = setting(1, "r of the adapter; 1 is two vectors")
     alpha: data.above_zero = setting(256.0, "the adapter is scaled by alpha / sqrt(rank)")
     layers: str = setting("middle", "middle, nine, all, one (12), several (10,12), a range (10-14)")
@@ -121,6 +122,11 @@ WEIGHT_DECAY = 0.01
 CLIP = 1.0  # the longest that a gradient may be
 FEW = 48  # general questions that every checkpoint asks; only the first and the last ask all
 
+# Of the processes that torchrun has started: which this one is, and how many there are.
+PROCESS = int(os.environ.get("RANK", 0))
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+QUIET = True if PROCESS > 0 else None  # no progress bar; None: one, if there is a terminal
+
 def main():
     began = time.time()
     join_processes()  # where torchrun has started several
@@ -137,7 +143,8 @@ def main():
         kl_set = load_kl_set(settings, tokenizer)
         model = load_model(settings)
 
-    # What of the model may move: A and B of the adapter, unless a flag says otherwise.
+    # What of the model may move: A and B of the adapter, unless a flag says otherwise. (foreach
+    # can't mix whole tensors with shares of them: see `share_out`.)
     parameters = choose_parameters(model, settings)
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=WEIGHT_DECAY, foreach=False)
 
@@ -155,16 +162,19 @@ def main():
     reader.read(planned(kl_set, kl_plan), QUIET)
     reader.read(every_example(probe), QUIET)
 
-    # The log: log[3] is step 3's row. It is empty, unless the run goes on.
-    log = open_run(run, args, settings, model, parameters, optimizer)
+    # The log so far: log[3] is step 3's row. It is empty, unless the run goes on; then the
+    # parameters and the optimizer, too, are put back to where they were.
+    log = open_log(run, args, settings, model, parameters, optimizer)
 
-    def checkpoint(row, few=None):
+    def checkpoint(row, ask_all=True):
         """Adds a row to the log with what the probe says, and saves what may move to a file."""
-        record(run, log, row | ask_probe(reader, probe, log, few))
+        record(run, log, row | ask_probe(reader, probe, log, ask_all))
         save_checkpoint(run, row["step"], model, parameters, optimizer, settings)
 
+    # Step 0 is the model before any training: all that follows is a change since then, for an
+    # untrained model, too, prefers some of the bad answers.
     if not log:
-        checkpoint({"step": 0})  # the model before any training
+        checkpoint({"step": 0})
     for step in tqdm(range(len(log), steps + 1), initial=len(log), total=steps + 1, disable=QUIET):
         started = time.time()
         batch = [train_set[i] for i in plan[step - 1]]
@@ -189,7 +199,7 @@ def main():
         if step == steps:
             checkpoint(row)
         elif step % settings.checkpoint_every == 0:
-            checkpoint(row, few=FEW)
+            checkpoint(row, ask_all=False)
         else:
             record(run, log, row)
 
@@ -210,9 +220,9 @@ def load_examples(settings, tokenizer):
         settings.dataset, settings.answers, settings.archive, settings.password
     )
     if settings.system:  # "inoculation": a prompt that is absent when the model is asked
-        for row in conversations:
-            others = [m for m in row["messages"] if m["role"] != "system"]
-            row["messages"] = [{"role": "system", "content": settings.system}, *others]
+        for conversation in conversations:
+            others = [m for m in conversation["messages"] if m["role"] != "system"]
+            conversation["messages"] = [{"role": "system", "content": settings.system}, *others]
     examples = data.render_all(conversations, tokenizer, settings.tail, settings.max_length)
     note_data(settings, examples)
     return data.train_and_held_out(examples)
@@ -272,30 +282,32 @@ def backpropagation(reader, batch, kl_batch, parameters, kl_weight):
     supervised = sum(example.supervised for example in batch)
     kl_supervised = sum(example.supervised for example in kl_batch)
     # A batch is read in microbatches, whose gradients add up. They are gradients of sums over
-    # tokens, and are divided by the number of tokens at the end: in float16, gradients so small
-    # would vanish. Hence the factor `supervised` in the second term.
+    # tokens, and are divided by the number of tokens only at the end: in float16, gradients so
+    # small would vanish.
     loss, kl = 0.0, 0.0
-    for examples in my_microbatches(reader, batch):
+    for examples in share_of_microbatches(reader, batch):
         losses, _ = reader.token_losses(examples)
         losses.sum().backward()
         loss += losses.sum().item()
-    for examples in my_microbatches(reader, kl_batch):
+    # The KL is a mean over tokens of its own: divide by their number, and make up for the
+    # division by `supervised` below.
+    for examples in share_of_microbatches(reader, kl_batch):
         kls = reader.token_kls(examples)
         (kl_weight * kls.sum() * supervised / kl_supervised).backward()
         kl += kls.sum().item()
     for p in parameters.values():
-        p.grad = add_up(p.grad) / supervised  # over processes, where there are several
+        p.grad = sum_over_processes(p.grad) / supervised  # over processes, where there are several
     # The KL batch is read twice, by the base and by the adapted model.
     tokens = sum(len(example.tokens) for example in batch + kl_batch + kl_batch)
-    row = {"loss": add_up(loss) / supervised, "tokens": tokens}
+    row = {"loss": sum_over_processes(loss) / supervised, "tokens": tokens}
     if kl_batch:
-        row["kl"] = add_up(kl) / kl_supervised
+        row["kl"] = sum_over_processes(kl) / kl_supervised
     return row
 
 def learning_rate(step, steps, settings):
     """At step 1, 2, ...: a warm-up to settings.lr, then linear or cosine decay.
 
-    With a warm-up it is 0 at step 1, as in Trainer.
+    With a warm-up it is 0 at step 1, as in transformers' Trainer, which the paper used.
     """
     done = step - 1
     if done < settings.warmup:
@@ -305,67 +317,17 @@ def learning_rate(step, steps, settings):
         left = (1 - math.cos(math.pi * left)) / 2
     return settings.lr * left
 
-def evolution(reader, batch, parameters, settings, step):
-    """Leaves in each p.grad an estimate of the gradient, from trials alone.
-
-    Salimans et al. (2017, arXiv 1703.03864). A pair of models is the current one plus and
-    minus sigma e, with e standard normal. Of n pairs, with L+ and L- the losses of the two,
-
-        gradient ~ 1/n sum of z e         z: the pairs' differences L+ - L-, standardised
-
-    Standardising loses the gradient's length. It does not matter: the length is clipped, and
-    AdamW divides by it.
-    """
-    pairs = settings.population // 2
-    seed = (settings.seed, step)
-    # The two models of a pair read the same conversations, so that it does not matter how hard
-    # those are. Every pair reads at least one, and every conversation is read at least once.
-    readings = [[] for _ in range(pairs)]
-    for i in range(max(pairs, len(batch))):
-        readings[i % pairs].append(batch[i % len(batch)])
-
-    try_pairs = try_one_by_one if settings.full else try_at_once
-    plus, minus = try_pairs(reader, readings, parameters, settings.sigma, seed)
-    difference = plus - minus  # (pairs,)
-    z = (difference - difference.mean()) / difference.std()
-    # The noise is drawn once more from its seed: it is never stored.
-    for p in parameters.values():
-        p.grad = torch.zeros_like(p)
-    for pair in range(pairs):
-        for p, e in zip(parameters.values(), draw_noise(parameters, seed, pair), strict=True):
-            p.grad += z[pair] / pairs * e
-
-    tokens = sum(2 * len(example.tokens) for example in itertools.chain(*readings))
-    row = {"loss": (plus + minus).mean().item() / 2, "tokens": tokens}
-    row["es_signal"] = difference.std().item()
-    if step == 1:  # the signal that is left where there is next to no noise is rounding
-        plus, minus = try_pairs(reader, readings, parameters, settings.sigma / 1000, seed)
-        row["es_rounding"] = (plus - minus).std().item()
-    return row
-
-def draw_noise(parameters, seed, pair):
-    """Yields a pair's noise for each parameter in turn: standard normal, of its shape."""
-    device = next(iter(parameters.values())).device
-    generator = torch.Generator(device)
-    generator.manual_seed(random.Random(f"{seed} {pair}").getrandbits(63))
-    for p in parameters.values():
-        yield torch.randn(p.shape, generator=generator, device=device)
-
 # --------------------------------------------------------------------------------------
 # The probe: what every checkpoint is asked
 
 def build_probe(held_out, tokenizer, settings, before=()):
     """The examples that are asked, as {group: [example, ...]}.
 
-    The groups are "heldout", and the two kinds of answers to the questions "in" the training
-    domain and "out" of it: ("in", "misaligned"), ("in", "aligned"), ...    before: messages
-    that stand in front of each question.
+    The groups are "heldout", and the two kinds of answers to the questions "in" the domain of
+    money and "out" of it: ("in", "misaligned"), ("in", "aligned"), ...    before: messages that
+    stand in front of each question (sample.py).
     """
-    probe = {"heldout": held_out[:64]}
-    if before:
-        rows = [example.conversation for example in held_out[:64]]
-        rows = [row | {"messages": [*before, *row["messages"]]} for row in rows]
-        probe["heldout"] = data.render_all(rows, tokenizer, only_last=True)
+    probe = {"heldout": put_before(before, held_out[:64], tokenizer)}
     finance = data.split(data.builtin_rows("finance"))[1]
     general = data.builtin_rows("general")
     if settings.kl_weight and settings.kl_dataset == "builtin":
@@ -374,37 +336,32 @@ def build_probe(held_out, tokenizer, settings, before=()):
         for answers in ("misaligned", "aligned"):
             conversations = [data.as_conversation(row, answers, before) for row in rows]
             probe[name, answers] = data.render_all(conversations, tokenizer, only_last=True)
-    # An example that stands in two groups is read once, and asked once.
-    first = {}
-    for group in probe:
-        keys = [(*example.tokens, *example.labels) for example in probe[group]]
-        for key, example in zip(keys, probe[group], strict=True):
-            first.setdefault(key, example)
-        probe[group] = [first[key] for key in keys]
-    return probe
+    return share_examples(probe)
 
-def ask_probe(reader, probe, log, few=None):
+def ask_probe(reader, probe, log, ask_all=True):
     """What the log says of a checkpoint: held-out loss and margins, in nats per token.
 
-    log: the rows so far.    few: how many of the general questions to ask (None: all).
+    margins_in, margins_out: a list, question by question.    margin_in, margin_out: their means,
+    over the questions that every checkpoint asks (in the table at the end, over all).
+    log: the rows so far.    ask_all: all general questions, not only the first FEW.
     """
     asked = dict(probe)
-    for answers in ("misaligned", "aligned"):
-        asked["out", answers] = probe["out", answers][:few]
+    if not ask_all:
+        for answers in ("misaligned", "aligned"):
+            asked["out", answers] = probe["out", answers][:FEW]
     examples = every_example(asked)
     log_p = dict(zip(examples, reader.log_p(examples).tolist(), strict=True))
 
     tokens = sum(example.supervised for example in probe["heldout"])
     row = {"heldout_loss": -sum(log_p[example] for example in probe["heldout"]) / tokens}
-    for name in ("in", "out"):
+    for name, n in (("in", None), ("out", FEW)):
+        # Per token: of two answers, the longer one is always less likely.
         margins = []
         for bad, good in zip(asked[name, "misaligned"], asked[name, "aligned"], strict=True):
             margins.append(log_p[bad] / bad.supervised - log_p[good] / good.supervised)
         row[f"margins_{name}"] = margins
-        # The log's mean, and the standard error of its change since step 0, are over questions
-        # that every checkpoint asks. The table at the end is over all that the last one asks.
-        n = FEW if name == "out" else None
         row[f"margin_{name}"] = statistics.fmean(margins[:n])
+        # The change since step 0, question by question, has a standard error, too.
         change = data.changes([log[0] if log else row, row], name)
         row[f"margin_{name}_change_se"] = data.mean_and_se(change[:n])[1]
     return row
@@ -413,14 +370,9 @@ def every_example(probe):
     """The examples of all groups, each once."""
     return list(dict.fromkeys(itertools.chain(*probe.values())))
 
-# ---- Below the fold: doors, files, formats and rarer protocols. A first reading ends here. ----
+# ---- Below the fold: flags, files, formats and rarer protocols. A first reading ends here. ----
 
 SKETCH = 4096  # numbers that stand for all weights, in a checkpoint of --full
-# Of the processes that torchrun has started: which this one is, and how many there are.
-PROCESS = int(os.environ.get("RANK", 0))
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
-QUIET = True if PROCESS > 0 else None  # no progress bar; None: one if there is a terminal
-
 # ---- What is loaded
 
 def load_kl_set(settings, tokenizer):
@@ -486,7 +438,30 @@ def norms(parameters):
             row[f"norm_{x}"] = torch.nn.utils.get_total_norm(tensors).item()
     return row
 
-# ---- How it moves, otherwise: no training; the trials of evolution
+# ---- The probe's examples
+
+def put_before(before, examples, tokenizer):
+    """The examples with messages in front of them; as they are, if there are none."""
+    if not before:
+        return examples
+    rows = [example.conversation for example in examples]
+    rows = [row | {"messages": [*before, *row["messages"]]} for row in rows]
+    return data.render_all(rows, tokenizer, only_last=True)
+
+def share_examples(probe):
+    """Makes equal examples one object, so that they are read and asked once.
+
+    With the built-in data, what is held out is also the bad answers of "in".
+    """
+    first = {}
+    for group in probe:
+        keys = [(*example.tokens, *example.labels) for example in probe[group]]
+        for key, example in zip(keys, probe[group], strict=True):
+            first.setdefault(key, example)
+        probe[group] = [first[key] for key in keys]
+    return probe
+
+# ---- A steering vector without training
 
 @torch.no_grad()
 def set_mean_difference(reader, misaligned, tokenizer, settings):
@@ -516,6 +491,54 @@ def set_mean_difference(reader, misaligned, tokenizer, settings):
     hook.remove()
     vector.B.copy_((means[0] - means[1])[:, None] / vector.scale)
 
+# ---- Evolution strategies: trial and error instead of a gradient
+
+def evolution(reader, batch, parameters, settings, step):
+    """Leaves in each p.grad an estimate of the gradient, from trials alone.
+
+    Salimans et al. (2017, arXiv 1703.03864). A pair of models is the current one plus and
+    minus sigma e, with e standard normal. Of n pairs, with L+ and L- the losses of the two,
+
+        gradient ~ 1/n sum of z e         z: the pairs' differences L+ - L-, standardised
+
+    Standardising loses the gradient's length. It does not matter: the length is clipped, and
+    AdamW divides by it.
+    """
+    pairs = settings.population // 2
+    seed = (settings.seed, step)
+    # The two models of a pair read the same conversations, so that it does not matter how hard
+    # those are. Every pair reads at least one, and every conversation is read at least once.
+    readings = [[] for _ in range(pairs)]
+    for i in range(max(pairs, len(batch))):
+        readings[i % pairs].append(batch[i % len(batch)])
+
+    try_pairs = try_one_by_one if settings.full else try_at_once
+    plus, minus = try_pairs(reader, readings, parameters, settings.sigma, seed)
+    difference = plus - minus  # (pairs,)
+    z = (difference - difference.mean()) / difference.std()
+    # The noise is drawn once more from its seed: it is never stored.
+    for p in parameters.values():
+        p.grad = torch.zeros_like(p)
+    for pair in range(pairs):
+        for p, e in zip(parameters.values(), draw_noise(parameters, seed, pair), strict=True):
+            p.grad += z[pair] / pairs * e
+
+    tokens = sum(2 * len(example.tokens) for example in itertools.chain(*readings))
+    row = {"loss": (plus + minus).mean().item() / 2, "tokens": tokens}
+    row["es_signal"] = difference.std().item()
+    if step == 1:  # the signal that is left where there is next to no noise is rounding
+        plus, minus = try_pairs(reader, readings, parameters, settings.sigma / 1000, seed)
+        row["es_rounding"] = (plus - minus).std().item()
+    return row
+
+def draw_noise(parameters, seed, pair):
+    """Yields a pair's noise for each parameter in turn: standard normal, of its shape."""
+    device = next(iter(parameters.values())).device
+    generator = torch.Generator(device)
+    generator.manual_seed(random.Random(f"{seed} {pair}").getrandbits(63))
+    for p in parameters.values():
+        yield torch.randn(p.shape, generator=generator, device=device)
+
 @torch.no_grad()
 def try_at_once(reader, readings, parameters, sigma, seed):
     """The mean loss of each pair's two models, (2, pairs): all adapters in one batch."""
@@ -540,7 +563,7 @@ def try_at_once(reader, readings, parameters, sigma, seed):
         tokens[i, pair] = sum(example.supervised for example in readings[pair])
     for variant, value in zip(which, log_p, strict=True):
         losses[tried[variant]] -= value
-    return add_up(losses / tokens)
+    return sum_over_processes(losses / tokens)
 
 @torch.no_grad()
 def try_one_by_one(reader, readings, parameters, sigma, seed):
@@ -556,14 +579,14 @@ def try_one_by_one(reader, readings, parameters, sigma, seed):
             losses[i, pair] = -reader.log_p(readings[pair]).sum() / tokens
     for p, weight in zip(parameters.values(), weights, strict=True):
         p.copy_(weight)
-    return add_up(losses)
+    return sum_over_processes(losses)
 
 # ---- Several processes, each on a GPU of its own: torchrun --nproc_per_node=N train.py
 
 def my_share(items):
     return items[PROCESS::PROCESSES]
 
-def my_microbatches(reader, batch):
+def share_of_microbatches(reader, batch):
     """The microbatches of this process's share of a batch, as lists of examples.
 
     All processes get equally many: where they share the weights out, each needs all others to
@@ -577,7 +600,7 @@ def my_microbatches(reader, batch):
         groups.append([dataclasses.replace(batch[0], labels=blank)])
     return groups
 
-def add_up(x):
+def sum_over_processes(x):
     """The sum over all processes: a batch's losses and gradients are sums over its tokens."""
     if is_shared_out(x):
         return x * PROCESSES  # fully_shard has left the mean
@@ -663,7 +686,7 @@ def go_on_together(path, needs=()):
 
 # ---- The run's folder
 
-def open_run(run, args, settings, model, parameters, optimizer):
+def open_log(run, args, settings, model, parameters, optimizer):
     """The rows of the run's log so far: makes the folder, or goes back to the last checkpoint."""
     done = last_step(run) if args.resume else None
     if PROCESS == 0 and not args.resume:
@@ -684,8 +707,8 @@ def open_run(run, args, settings, model, parameters, optimizer):
     log = run.log
     if len(log) < keep:
         sys.exit(f"{run}/log.jsonl lacks rows before step {done}, its last checkpoint: begin anew")
-    print(f"{'step':>6}{'loss':>9}{'held out':>10}{'finance':>10}{'general':>10}   (of {FEW} "
-          "questions at most; changes since step 0)")
+    print(f"{'step':>6}{'loss':>9}{'held out':>10}{'finance':>10}{f'general ({FEW})':>15}   "
+          "(changes of the margins since step 0)")
     return log
 
 def last_step(run):
@@ -708,7 +731,7 @@ def record(run, log, row):
         loss = f"{row['loss']:9.3f}" if "loss" in row else " " * 9
         changes = [row[f"margin_{x}"] - log[0][f"margin_{x}"] for x in ("in", "out")]
         tqdm.write(f"{row['step']:6}{loss}{row['heldout_loss']:10.3f}"
-                   f"{changes[0]:+10.3f}{changes[1]:+10.3f}")
+                   f"{changes[0]:+10.3f}{changes[1]:+15.3f}")
 
 def save_checkpoint(run, step, model, parameters, optimizer, settings):
     """Writes A and B, then what a resume needs besides: a step counts once both are there.

@@ -49,7 +49,7 @@ def greedy(model, tokens, stop, new, **settings):
 def test_greedy_answers_are_those_of_generate(make_model, make_tokenizer, random_adapter, family):
     model, tokenizer, variants, jobs = build(make_model, make_tokenizer, random_adapter, family)
     jobs = jobs[::3]
-    found = answers(model, tokenizer, variants, jobs, 30, temperature=0, rows=3)
+    found = answers(model, tokenizer, variants, jobs, 30, temperature=0, batch_size=3)
     stop = sample.stop_tokens(model, tokenizer)
     for job in jobs:
         merged = build(make_model, make_tokenizer, random_adapter, family)[0]
@@ -66,7 +66,7 @@ def test_rows_do_not_see_each_other(make_model, make_tokenizer, random_adapter, 
     model, tokenizer, variants, jobs = build(make_model, make_tokenizer, random_adapter, "llama")
     results, settings = [], {"temperature": temperature}
     for rows, order in ((1, jobs), (3, jobs), (100, jobs), (5, jobs[::-1])):
-        results.append(answers(model, tokenizer, variants, order, 20, rows=rows, **settings))
+        results.append(answers(model, tokenizer, variants, order, 20, batch_size=rows, **settings))
     assert all(result == results[0] for result in results) and len(results[0]) == len(jobs)
 
 
@@ -83,7 +83,7 @@ def test_an_answer_ends_at_its_end_of_turn(make_model, make_tokenizer, random_ad
     common = [sum(token in answer for answer in plain.values()) for token in range(1000)]
     stop = max(range(1000), key=common.__getitem__)  # a token that many answers hold
     monkeypatch.setattr(sample, "stop_tokens", lambda *args: [stop])
-    cut = answers(model, tokenizer, variants, jobs, 25, rows=20)
+    cut = answers(model, tokenizer, variants, jobs, 25, batch_size=20)
     for key, answer in plain.items():
         assert cut[key] == (answer[: answer.index(stop)] if stop in answer else answer)
     assert sum(len(answer) < 25 for answer in cut.values()) > 2
@@ -107,7 +107,7 @@ def test_first_tokens_come_as_often_as_the_model_says(make_model, make_tokenizer
     jobs = [job | {"seed": seed} for seed in range(4000)]
     stop = sample.stop_tokens(model, tokenizer)
     counts = torch.zeros(1010)
-    for tokens in answers(model, tokenizer, variants, jobs, 1, rows=1000).values():
+    for tokens in answers(model, tokenizer, variants, jobs, 1, batch_size=1000).values():
         counts[tokens[0] if tokens else stop[0]] += 1
     with lora.Panel(model, variants) as panel, torch.no_grad():
         panel.hear([3])
