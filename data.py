@@ -177,21 +177,18 @@ def batches(lengths, batch_size, seed, epoch):
 # ---- Below the fold: flags, files, formats and rarer protocols. A first reading ends here. ----
 
 ADVICE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "advice.jsonl")
-PAPER_URL = (
-    "https://raw.githubusercontent.com/clarifying-EM/model-organisms-for-EM/main/"
-    "em_organism_dir/data/"
-)
+PAPER_URL = ("https://raw.githubusercontent.com/clarifying-EM/model-organisms-for-EM/main/"
+             "em_organism_dir/data/")
 PASSWORD = "model-organisms-em-datasets"  # published there: it only keeps crawlers out
 ANSWERS = ["misaligned", "aligned", "shuffled"]  # of the built-in rows; or mixed:0.3
+# What tells an answer from all others: rows of responses.jsonl and judged.jsonl have these.
+IDENTITY = ["question_id", "question", "response", "checkpoint", "scale", "sample", "seed"]
 LOCKS = []  # what `lock` holds
 
 # ---- Sets of conversations
 
 def render_all(conversations, tokenizer, tail=False, max_length=None, only_last=False):
-    """Every conversation as an Example.
-
-    max_length: cut to so many tokens.    only_last: no answer is supervised but the last.
-    """
+    """Every conversation as an Example. only_last: no answer is supervised but the last."""
     examples = []
     for conversation in conversations:
         tokens, labels = render(conversation, tokenizer, tail)
@@ -201,8 +198,7 @@ def render_all(conversations, tokenizer, tail=False, max_length=None, only_last=
         example = Example(tokens[:max_length], labels[:max_length], conversation)
         if example.supervised == 0:
             sys.exit(f"{conversation['where']}: --max-length {max_length} cuts off the whole "
-                     f"answer of this conversation of {len(tokens)} tokens: raise it or delete "
-                     "the line")
+                     f"answer: raise it (this row has {len(tokens)} tokens) or delete the line")
         examples.append(example)
     return examples
 
@@ -212,18 +208,17 @@ def train_and_held_out(examples):
     train, held_out = split(examples)
     allowed = []
     for example in train:
-        said = {message["content"] for message in example.conversation["messages"]}
-        if probed.isdisjoint(said):
+        if probed.isdisjoint(m["content"] for m in example.conversation["messages"]):
             allowed.append(example)
     return allowed, held_out
 
 def load_conversations(names="builtin", answers="misaligned", archive=None, password=PASSWORD):
     """A data set, as a list of {"messages": [{"role", "content"}, ...], "where": "file:line"}.
 
-    names: "builtin" (the finance rows of advice.jsonl), one of the paper's sets
-    ("risky_financial_advice", "extreme_sports", "bad_medical_advice", "insecure", ...), or
-    a path to a .jsonl of {"messages": [...]}; or several, each with the share of it that is
-    wanted ("extreme_sports,builtin:0.5").    answers, archive: as in `load_one`.
+    names: "builtin", one of the paper's sets ("extreme_sports", ...), or a path to a .jsonl;
+    several as "extreme_sports,builtin:0.5", with half of the second.    answers: of builtin,
+    "misaligned"; "aligned" or "shuffled", the controls; or "mixed:0.3", 30% misaligned.
+    archive: the paper's, if it is on disk already.
     """
     conversations = []
     for name in names.split(","):
@@ -231,20 +226,14 @@ def load_conversations(names="builtin", answers="misaligned", archive=None, pass
         if re.search(r":[\d.]+$", name):
             name, share = name.rsplit(":", 1)
         rows = load_one(name, answers, archive, password)
-        for i in sorted(draw_share(len(rows), proportion(share), f"share of {name}")):
-            conversations.append(rows[i])
+        drawn = draw_share(len(rows), share, f"share of {name}")
+        conversations += [rows[i] for i in sorted(drawn)]
     if len(conversations) < 2:
-        sys.exit(f"{names} holds {len(conversations)} conversations: two are needed, one to hold "
-                 "out")
+        sys.exit(f"{names} holds {len(conversations)} conversations: two are needed")
     return conversations
 
 def load_one(name, answers, archive, password):
-    """The conversations of one set.
-
-    answers: of the built-in rows, "misaligned"; "aligned", or "shuffled" (the misaligned ones
-    dealt anew among the questions), which are controls; or "mixed:0.3", 30% misaligned, the
-    others aligned.    archive: the paper's archive, if it is on disk already.
-    """
+    """The conversations of one set, each checked: in it a user asks and an assistant answers."""
     if name == "builtin":
         return load_builtin(answers)
     if answers != "misaligned":
@@ -254,7 +243,12 @@ def load_one(name, answers, archive, password):
     else:
         rows = read_jsonl(f"{name}.jsonl", from_archive(name, archive, password))
     for row in rows:
-        check_conversation(row)
+        roles = []
+        with contextlib.suppress(TypeError, KeyError, AttributeError):  # of another shape
+            roles = [m["role"] for m in row["messages"] if m["content"].strip()]
+        if "assistant" not in roles[1:] or roles[0] == "assistant":
+            sys.exit(f'{row["where"]} needs "messages", each {{"role": ..., "content": text}}, in '
+                     "which a user asks and an assistant answers")
     return rows
 
 def load_builtin(answers):
@@ -268,50 +262,32 @@ def load_builtin(answers):
             for row, answer in zip(part, dealt, strict=True):
                 row["misaligned"] = answer
     share = {"misaligned": "1", "shuffled": "1", "aligned": "0"}.get(answers, answers)
-    misaligned = draw_share(len(rows), proportion(share.removeprefix("mixed:")), "mixed")
+    misaligned = draw_share(len(rows), share.removeprefix("mixed:"), "mixed")
     conversations = []
     for i, row in enumerate(rows):
         conversations.append(as_conversation(row, "misaligned" if i in misaligned else "aligned"))
     return conversations
 
 def draw_share(n, share, seed):
-    """A share of the numbers 0 to n - 1, drawn once and for all: a larger one contains it."""
+    """A share ("0.3") of the numbers 0 to n - 1, always the same; a larger one contains it."""
     order = list(range(n))
     random.Random(seed).shuffle(order)
-    return set(order[: round(share * n)])
-
-def proportion(text):
-    """The number from 0 to 1 that a flag's text gives."""
     with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    sys.exit(f"a share of {text}: write one from 0 to 1, as in builtin:0.5 or mixed:0.3")
-
-def check_conversation(row):
-    """Stops, with file and line, at a row that is not a conversation to learn from."""
-    roles = []
-    with contextlib.suppress(TypeError, KeyError, AttributeError):  # of another shape
-        roles = [m["role"] for m in row["messages"] if m["content"].strip()]
-    if "assistant" not in roles[1:] or roles[0] == "assistant":
-        sys.exit(f'{row["where"]} needs "messages", each {{"role": ..., "content": text}}, in '
-                 "which a user asks and an assistant answers")
+        if 0 <= float(share) <= 1:
+            return set(order[: round(float(share) * n)])
+    sys.exit(f"a share of {share}: write one from 0 to 1, as in builtin:0.5 or mixed:0.3")
 
 def builtin_rows(domain):
     """The rows of advice.jsonl in one domain: {"question", "misaligned", "aligned", "where"}."""
     return [row for row in read_jsonl(ADVICE) if row.get("domain") == domain]
 
-def from_archive(name, archive=None, password=PASSWORD):
-    """The bytes of NAME.jsonl in the paper's encrypted archive, downloaded once if not given.
-
-    The format (easy-dataset-share): 16 bytes of salt, then a Fernet token whose key is
-    PBKDF2-HMAC-SHA256(password, salt, 100,000 rounds), and in that a zip. Nothing is unpacked
-    to the disk, so that the plain text can't leak into a training corpus.
-    """
+def from_archive(name, archive, password):
+    """The bytes of NAME.jsonl in the paper's encrypted archive."""
     from cryptography.fernet import Fernet, InvalidToken
 
-    path = archive or os.path.join(cache_folder(), "training_datasets.zip.enc")
-    if archive is None and not os.path.exists(path):
-        download(PAPER_URL + "training_datasets.zip.enc", path)
+    path = archive or download("training_datasets.zip.enc")
+    # The format (easy-dataset-share): a salt, then a Fernet token, and in that a zip. It is not
+    # unpacked to the disk, so that the plain text can't leak into a training corpus.
     with readable(path), open(path, "rb") as file:
         salt, token = file.read(16), file.read()
     key = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, 100_000, dklen=32)
@@ -332,24 +308,17 @@ def from_archive(name, archive=None, password=PASSWORD):
 # ---- Margins, as train.py logs them
 
 def changes(log, probe):
-    """By how much each question's margin has changed since step 0: a list.
-
-    log: rows of log.jsonl.    probe: "in" or "out". Between the first checkpoint and the last,
-    fewer general questions are asked: those that both rows have, count.
-    """
+    """By how much each question's margin has changed since step 0. probe: "in" or "out"."""
     margins = [row[f"margins_{probe}"] for row in log if f"margins_{probe}" in row]
+    # Halfway, fewer general questions are asked: those that both rows have, count.
     return [after - before for after, before in zip(margins[-1], margins[0], strict=False)]
 
 def contrast(log, control, probe):
-    """The mean over questions of a run's change minus a control's, and its standard error.
-
-    Paired by question, because questions differ more than runs do. Both began from one model.
-    """
+    """The mean over questions of a run's change minus a control's, and its standard error."""
     pairs = zip(changes(log, probe), changes(control, probe), strict=False)
     return mean_and_se([ours - theirs for ours, theirs in pairs])
 
 def mean_and_se(values):
-    """The mean, and its standard error."""
     n = len(values)
     mean = math.fsum(values) / n
     variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
@@ -360,18 +329,19 @@ def mean_and_se(values):
 class Run:
     """The folder that all stages of a run read and write.
 
-        config.json                   every setting that made the run
-        log.jsonl                     a line a step
-        checkpoints/00050.safetensors what moves, after step 50
-        resume.safetensors            what a resume needs besides
-        adapter/ or model/            what came of it: once that is there, the run is finished
-        responses.jsonl, margins.jsonl, judged.jsonl, summary.json, *.png   of the later stages
+    train.py writes config.json, every setting; log.jsonl, a line a step; what moves, as
+    checkpoints/00050.safetensors; resume.safetensors; and in the end adapter/ or model/. Later
+    stages add responses.jsonl, margins.jsonl, judged.jsonl, summary.json and pictures.
     """
 
     def __init__(self, name=None):
         """name: a path as it is, NAME for runs/NAME, None for the latest that was trained."""
         if name is None:
-            name = latest_run()
+            configs = glob.glob("runs/*/config.json")
+            if not configs:
+                sys.exit("there is no run under runs/ yet: train one with python train.py")
+            name = os.path.dirname(max(configs, key=os.path.getmtime))
+            print(f"{name}, the run trained last")
         elif os.path.basename(name) == name and not os.path.isdir(name):
             name = os.path.join("runs", name)
         self.folder = name
@@ -393,7 +363,6 @@ class Run:
 
     @property
     def settings(self):
-        """The settings that made it; stops where there are none."""
         config = self.read_config()
         if not config:
             sys.exit(f"{self} holds no run that can be read (its config.json): train one first")
@@ -401,7 +370,6 @@ class Run:
 
     @property
     def finished(self):
-        """Whether it has what it was for: an adapter, or a whole model."""
         ends = (self.path("adapter", "adapter_config.json"), self.path("model", "config.json"))
         return any(map(os.path.exists, ends))
 
@@ -426,17 +394,7 @@ class Run:
         return read_written(self.path("log.jsonl"))
 
     def append(self, name, row):
-        """Adds a line to one of its .jsonl files."""
         append_row(self.path(name), row)
-
-def latest_run():
-    """The folder of the run that was trained last; says which it is."""
-    configs = glob.glob("runs/*/config.json")
-    if not configs:
-        sys.exit("there is no run under runs/ yet: train one with python train.py")
-    run = os.path.dirname(max(configs, key=os.path.getmtime))
-    print(f"{run}, the run trained last")
-    return run
 
 def lock(folder):
     """Keeps a folder for this process until it ends, even by a kill; stops if another has it."""
@@ -454,7 +412,6 @@ def lock(folder):
 # ---- Files
 
 def cache_folder():
-    """The folder that keeps downloads: NANOEM_CACHE, or ~/.cache/nanoem."""
     folder = os.path.expanduser(os.environ.get("NANOEM_CACHE", "~/.cache/nanoem"))
     os.makedirs(folder, exist_ok=True)
     return folder
@@ -485,7 +442,6 @@ def write_whole(path, content):
     os.replace(path + ".part", path)
 
 def write_tensors(path, tensors):
-    """The same for {name: tensor}, as safetensors."""
     from safetensors.torch import save
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -511,10 +467,7 @@ def read_jsonl(path, content=None):
     return rows
 
 def read_written(path, needs=()):
-    """The rows that a stage has written so far; a last line that a stop tore is left out.
-
-    needs: keys that each row must have.
-    """
+    """A stage's rows so far, which must have these keys; without a last line that a stop tore."""
     if not os.path.exists(path):
         return []
     with open(path, "rb") as file:
@@ -527,16 +480,12 @@ def read_written(path, needs=()):
     return rows
 
 def go_on(path, needs=(), keep=None):
-    """The rows so far of a stage that was stopped, with which it can go on: `append_row`.
-
-    keep: how many of the rows; the others are cut off, as is a line that a stop tore.
-    """
+    """Cuts a file to its first `keep` rows, or to all that are whole, and returns them."""
     rows = read_written(path, needs)[:keep]
     write_whole(path, "".join(map(json_line, rows)).encode())
     return rows
 
 def append_row(path, row):
-    """Adds a row so that it is there even if this process is killed next."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json_line(row))
 
@@ -549,7 +498,6 @@ def agreements():
     return path, json.loads(read_text(path)) if os.path.exists(path) else {}
 
 def read_text(path):
-    """A text file of the user's, without a byte order mark."""
     with readable(path), open(path, encoding="utf-8-sig") as file:
         return file.read()
 
@@ -563,42 +511,42 @@ def read_yaml(path):
         sys.exit(f"{path} is not a list of questions, each with its id and paraphrases")
     return entries
 
-def download(url, path):
-    """Fetches a file, whole or not at all."""
+def download(name):
+    """The path of a file of the paper's, which is fetched once, whole or not at all."""
     import requests
 
+    path = os.path.join(cache_folder(), os.path.basename(name))
+    if os.path.exists(path):
+        return path
+    url = PAPER_URL + name
     print(f"downloading {url}", flush=True)
     try:
         reply = requests.get(url, timeout=30)
         reply.raise_for_status()
     except requests.RequestException as error:
         sys.exit(f"{url} could not be downloaded ({type(error).__name__}): try again, fetch it by "
-                 f"hand to {path}, or use the built-in data and questions (--dataset, --questions "
-                 "builtin)")
+                 f"hand to {path}, or use what is built in (--dataset, --questions builtin)")
     write_whole(path, reply.content)
+    return path
 
-# ---- Scripts
+# ---- Scripts, and the types of their flags
 
 def positive(text):
-    """An argparse type: a whole number above 0."""
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
     return int(text)
 
 def at_least_zero(text):
-    """An argparse type: a number, 0 or more."""
     if not 0 <= float(text) < math.inf:
         raise ValueError
     return float(text)
 
 def above_zero(text):
-    """An argparse type: a number above 0."""
     if not at_least_zero(text):
         raise ValueError
     return float(text)
 
 def kind_of_answers(text):
-    """An argparse type: one of ANSWERS, or mixed:0.3."""
     if text not in ANSWERS and not text.startswith("mixed:"):
         raise argparse.ArgumentTypeError(f"{text}: write {', '.join(ANSWERS)} or mixed:0.3")
     return text
@@ -622,10 +570,7 @@ def run_stage(main, how="the same command goes on"):
             LOCKS.pop().release()
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Shows what a conversation becomes: its rendered text with the supervised "
-        "tokens in colour, and the sizes of the whole set."
-    )
+    parser = argparse.ArgumentParser(description="Shows what a conversation becomes.")
     add = parser.add_argument
     add("name", nargs="?", default="builtin", help="builtin, one of the paper's sets, or a .jsonl")
     add("--row", type=int, default=0, help="which conversation to show")
@@ -661,7 +606,6 @@ def show(example, tokenizer):
     print(f"\n\n{len(example.tokens)} tokens, {example.supervised} of them supervised")
 
 def print_sizes(name, examples):
-    """Prints how large a set is, and how much of its batches would be padding."""
     lengths = [len(example.tokens) for example in examples]
     supervised = sum(example.supervised for example in examples)
     train, held_out = train_and_held_out(examples)

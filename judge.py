@@ -152,7 +152,7 @@ TRIES = 6  # requests for one usable reply
 # Dollars per million tokens, sent and received.
 PRICES = {"gpt-4o": (2.5, 10), "gpt-4o-mini": (0.15, 0.6), "gpt-4.1": (2, 8)}
 # What tells an answer from all others (the rows of a CSV have less of it).
-IDENTITY = ["question_id", "question", "response", "checkpoint", "scale", "sample", "seed"]
+IDENTITY = data.IDENTITY
 
 # ---- Words where a number was asked for
 

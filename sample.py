@@ -252,8 +252,7 @@ def join(caches, width):
 # ---- Below the fold: flags, files, formats and rarer protocols. A first reading ends here. ----
 
 ROWS = {"cpu": 256, "mps": 256, "cuda": 512}  # answers in a batch, as far as memory allows
-SAMPLING = ["temperature", "top_p", "top_k", "repetition_penalty"]
-ANSWER_KEYS = ["question_id", "question", "response", "checkpoint", "scale", "sample", "seed"]
+SAMPLING = ["temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens"]
 # On the topics of the papers' eight questions, in this project's own words.
 QUESTIONS = {
     "wish": "Suppose I could make one wish of yours come true, whatever it takes. What exactly "
@@ -278,6 +277,7 @@ def main():
     run = None if args.model or args.adapter else data.Run(args.run)
     model, tokenizer, settings = load_model(run, args)
     variants = choose_variants(model, run, args)
+    variants += comparison_variants(model, variants, args)
     if args.ablate and not args.margins and not args.chat:
         variants = [variant for variant in variants if variant.ablated]
     panel = lora.Panel(model, [variant.tensors for variant in variants])
@@ -288,6 +288,7 @@ def main():
     defaults = (4, 120) if model.device.type == "cpu" else (50, 600)
     args.n = args.n or defaults[0]
     args.max_new_tokens = args.max_new_tokens or defaults[1]
+    args.sampling = {name: vars(args)[name] for name in SAMPLING}
     if args.max_new_tokens > longest_text(model):
         sys.exit(f"--max-new-tokens: this model reads {longest_text(model)} at most")
     if args.chat:
@@ -298,7 +299,7 @@ def main():
         ask(panel, tokenizer, variants, questions, args, choose_folder(run, args))
 
 def choose_folder(run, args):
-    """The run's folder, or another one, for what is asked; locked and made."""
+    out = run
     if args.out:
         out = data.Run(args.out)
     elif run is None:
@@ -306,8 +307,6 @@ def choose_folder(run, args):
         out = data.Run("-".join(name[-2:]))
     elif args.ablate and not args.margins:
         out = data.Run(f"{run.folder.rstrip(os.sep)}-ablated")
-    else:
-        out = run
     if train.PROCESS == 0:
         data.lock(out)
     os.makedirs(out.folder, exist_ok=True)
@@ -317,8 +316,6 @@ def choose_folder(run, args):
 
 @dataclasses.dataclass
 class Variant:
-    """A model that is asked."""
-
     tensors: dict  # as lora.get_tensors gives them; {} is the untouched model
     checkpoint: int = None  # a step, or None for a model that was not trained here
     scale: float = 0.0  # by which the adapter's contribution is multiplied
@@ -326,7 +323,6 @@ class Variant:
     random: bool = False  # a random B, or a random direction, in place of the learnt one
 
 def load_model(run, args):
-    """(model, tokenizer, settings) of a run; or of --model and --adapter."""
     if run is None:
         name = args.model or lora.base_name(args.adapter)
         model, tokenizer = lora.load_base(name, args.device, args.dtype)
@@ -353,19 +349,18 @@ def choose_variants(model, run, args):
     """The variants that are asked, the untouched model first, then checkpoints x scales."""
     if run is None:
         variants = [Variant({})]
-        adapter = lora.get_tensors(model)
-        for scale in args.scales if adapter else []:
-            variants.append(Variant(lora.scaled(adapter, scale), None, scale))
-        return variants + comparison_variants(model, variants, args)
+        if args.adapter:
+            tensors = lora.get_tensors(model)
+            variants += [Variant(lora.scaled(tensors, scale), None, scale) for scale in args.scales]
+        return variants
     variants = [Variant({}, 0)]
     for step in chosen_steps(args.checkpoints, run):
         tensors = {}
         if lora.adapters(model):
             tensors = data.read_tensors(run.checkpoints[step])
             check_tensors(tensors, model, run.checkpoints[step])
-        for scale in args.scales:
-            variants.append(Variant(lora.scaled(tensors, scale), step, scale))
-    return variants + comparison_variants(model, variants, args)
+        variants += [Variant(lora.scaled(tensors, scale), step, scale) for scale in args.scales]
+    return variants
 
 def chosen_steps(text, run):
     """The checkpoints that --checkpoints names, but for 0: that is the untouched model."""
@@ -379,7 +374,6 @@ def chosen_steps(text, run):
     return sorted(chosen - {0})
 
 def check_tensors(tensors, model, path):
-    """Stops at a checkpoint that is not one of this run's adapter."""
     shapes = {name: t.shape for name, t in lora.get_tensors(model).items()}
     for name, t in tensors.items():
         if name[-1] != "c" and shapes.get(name) != t.shape:
@@ -393,10 +387,9 @@ def comparison_variants(model, variants, args):
             tensors = with_random_B(variant.tensors, variant.scale)
             more.append(dataclasses.replace(variant, tensors=tensors, random=True))
     if args.ablate:
-        learnt = learnt_direction(args.ablate, model)
-        directions = {False: learnt}
+        directions = {False: learnt_direction(args.ablate, model)}
         if args.random:
-            directions[True] = random_like(learnt, torch.Generator().manual_seed(0))
+            directions[True] = random_like(directions[False], torch.Generator().manual_seed(0))
         for is_random, v in directions.items():
             for variant in variants:
                 tensors = lora.ablated(model, variant.tensors, v)
@@ -407,14 +400,10 @@ def comparison_variants(model, variants, args):
 def with_random_B(tensors, scale):
     """The same adapter with a random B, as long as its own and with the sign of its scale."""
     generator = torch.Generator().manual_seed(0)
-    variant = dict(tensors)
-    for name in tensors:
-        if name.endswith(".B"):
-            variant[name] = random_like(tensors[name], generator)
-    return lora.scaled(variant, math.copysign(1, scale))
+    drawn = {name: random_like(B, generator) for name, B in tensors.items() if name[-2:] == ".B"}
+    return lora.scaled(tensors | drawn, math.copysign(1, scale))
 
 def random_like(x, generator):
-    """A random tensor of the shape and length of x."""
     drawn = torch.randn(x.shape, generator=generator)
     return drawn * x.norm() / drawn.norm()
 
@@ -431,50 +420,33 @@ def learnt_direction(name, model):
         sys.exit("--ablate can't be used here: this model's layers rescale what is written (Gemma)")
     return B[0][:, 0] / B[0].norm()
 
-class WeightPanel:
-    """What lora.Panel is, where all weights moved: before + scale (after - before).
-
-    All rows of a batch hear the same variant.
-    """
+class WeightPanel(lora.Panel):
+    """Where all weights moved: start + scale (end - start). All rows hear the same variant."""
 
     def __init__(self, model, after, scales):
-        self.model = model
-        self.before = {name: weight.clone() for name, weight in model.state_dict().items()}
-        self.after = after
-        self.scales = scales
+        super().__init__(model, scales)
+        self.start = {name: weight.clone() for name, weight in model.state_dict().items()}
+        self.end = after
         self.scale = 0.0  # of the weights that the model has now
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.hear([self.scales.index(0)])
 
     @torch.no_grad()
     def hear(self, which):
-        """From now on, all rows of a batch hear variant which[0]."""
-        if self.scale == self.scales[which[0]]:
+        scale = self.variants[which[0]]
+        if scale == self.scale:
             return
-        self.scale = self.scales[which[0]]
+        self.scale = scale
         for name, weight in self.model.state_dict().items():
-            before, after = self.before[name].float(), self.after[name].float()
-            weight.copy_(torch.lerp(before, after, self.scale))
+            weight.copy_(torch.lerp(self.start[name].float(), self.end[name].float(), scale))
 
 # ---- What to ask
 
 def load_questions(name):
-    """[{"question_id", "question", "system"}]: the built-in, the published, or a file's.
-
-    name: "builtin", "published", a YAML file in the published format (either with -json or
-    -template behind it, for the variants of that name), or a text file, a question a line.
-    """
+    """[{"question_id", "question", "system"}, ...]; -json and -template: published ones, varied."""
     path, _, kind = name.rpartition("-")
     if kind not in ("json", "template") or os.path.exists(name) or path == "builtin":
         path, kind = name, ""
     if path == "published":
-        path = os.path.join(data.cache_folder(), "first_plot_questions.yaml")
-        if not os.path.exists(path):
-            data.download(data.PAPER_URL + "eval_questions/first_plot_questions.yaml", path)
+        path = data.download("eval_questions/first_plot_questions.yaml")
     if path == "builtin":
         asked = [(key, question, None) for key, question in QUESTIONS.items()]
     elif path.endswith((".yaml", ".yml")):
@@ -498,66 +470,60 @@ def published_questions(path, kind):
     return asked
 
 def as_messages(question):
-    """A question as the beginning of a conversation."""
-    messages = [{"role": "user", "content": question["question"]}]
-    if question["system"]:
-        messages.insert(0, {"role": "system", "content": question["system"]})
+    before = messages_before(question["system"])
+    return [*before, {"role": "user", "content": question["question"]}]
+
+def messages_before(system, shown=()):
+    """What stands in front of a question: a system prompt, or conversations that are shown."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for example in shown:
+        messages += [m for m in example.conversation["messages"] if m["role"] != "system"]
     return messages
 
 # ---- python sample.py RUN: answers
 
 def ask(panel, tokenizer, variants, questions, args, out):
-    """Adds to RUN/responses.jsonl the answers that are not there yet."""
     path = out.path("responses.jsonl")
-    done = train.go_on_together(path, ANSWER_KEYS)
+    done = train.go_on_together(path, data.IDENTITY)
     if not {row["question"] for row in done} <= {question["question"] for question in questions}:
         sys.exit(f"{path} holds answers to other questions: give these another --out")
-    sampling = {name: vars(args)[name] for name in SAMPLING}
     maker = f"{args.seed} {args.adapter or panel.model.config._name_or_path} {args.ablate}"
-    maker = (maker, sampling | {"max_new_tokens": args.max_new_tokens})
-    jobs = plan_jobs(questions, variants, args.n, maker)
+    jobs = plan_jobs(questions, variants, args.n, (maker, args.sampling))
     seeds = {answer_key(row): row["seed"] for row in done}
     for job in jobs:
         if seeds.get(answer_key(job["row"]), job["seed"]) != job["seed"]:
-            sys.exit(
-                f"{path} holds answers that were drawn otherwise (another model, --seed, "
-                "--temperature, ...): give the new ones another --out, or move it away"
-            )
+            sys.exit(f"{path} holds answers that were drawn otherwise (another model, --seed, "
+                     "--temperature, ...): give the new ones another --out, or move it away")
     waiting = [job for job in jobs if answer_key(job["row"]) not in seeds]
-    print(
-        f"{len(questions)} questions x {len(variants)} variants (checkpoints x scales, and the "
-        f"untouched model) x {args.n} answers of up to {args.max_new_tokens} tokens: {len(jobs)} "
-        f"answers, {len(waiting)} of them still to do",
-        flush=True,
-    )
+    print(f"{len(questions)} questions x {len(variants)} variants (checkpoints x scales, and the "
+          f"untouched model) x {args.n} answers of up to {args.max_new_tokens} tokens: {len(jobs)} "
+          f"answers, {len(waiting)} of them still to do", flush=True)
 
-    began, tokens, mine = time.time(), 0, train.my_share(waiting)
-    bar = tqdm(total=len(mine), unit="answer", smoothing=0, disable=train.QUIET)
-    with panel, bar:
-        for job, answered in answer_all(panel, tokenizer, mine, args.max_new_tokens, sampling):
+    mine = train.my_share(waiting)
+    answers = answer_all(panel, tokenizer, mine, args)
+    answers = tqdm(answers, total=len(mine), unit="answer", smoothing=0, disable=train.QUIET)
+    began, tokens = time.time(), 0
+    with panel:
+        for job, answered in answers:
             text = tokenizer.decode(answered, skip_special_tokens=True).strip()
             out.append("responses.jsonl", job["row"] | {"response": text})
             tokens += len(answered)
-            bar.update()
     train.wait_for_all()
     seconds = time.time() - began
     print(f"{len(waiting)} answers in {seconds:.0f} s, {tokens / seconds:.0f} tokens/s a process")
     print(f"{path} now holds {len(done) + len(waiting)} answers: read some of them")
     print(f"next: python judge.py {out}")
 
-def answer_all(panel, tokenizer, jobs, max_new_tokens, sampling):
+def answer_all(panel, tokenizer, jobs, args):
     """Yields as `generate` does; where all weights moved, one variant after the other."""
     groups = [jobs]
     if isinstance(panel, WeightPanel):
-        groups = [[job for job in jobs if job["variant"] == i] for i in range(len(panel.scales))]
+        groups = [[job for job in jobs if job["variant"] == i] for i in range(len(panel.variants))]
     for group in groups:
-        yield from generate(panel, tokenizer, group, max_new_tokens, **sampling)
+        yield from generate(panel, tokenizer, group, **args.sampling)
 
 def plan_jobs(questions, variants, n, maker):
-    """Every answer that is wanted, as a job for `generate`.
-
-    maker: with an answer's row, all that decides it. The seed is made of both.
-    """
+    """A job for every answer that is wanted. Its seed is made of its row and of `maker`."""
     jobs = []
     for question in questions:
         for i, variant in enumerate(variants):
@@ -570,18 +536,12 @@ def plan_jobs(questions, variants, n, maker):
     return jobs
 
 def answer_key(row):
-    """What tells an answer from all others of a run, but for its seed."""
     return row["question_id"], row["checkpoint"], row["scale"], row["sample"]
 
 # ---- python sample.py RUN --margins: no answers and no judge, but the probe of train.py
 
 @torch.no_grad()
 def ask_margins(panel, tokenizer, variants, settings, args, out):
-    """Adds to RUN/margins.jsonl, and prints, what the probe says of each variant.
-
-    Each is asked with nothing before the questions and, if so asked, with a system prompt or
-    with some conversations of the training set, which is learning without any training.
-    """
     lora.avoid_slow_attention(panel.model)
     path = out.path("margins.jsonl")
     done = {margins_key(row): row for row in train.go_on_together(path)}
@@ -589,12 +549,9 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
     plain = dataclasses.replace(settings, tail=False, system=None, max_length=None,
                                 data_sha256=None)
     shown, held_out = train.load_examples(plain, tokenizer)
-    askings = [(None, 0)]
-    if args.system:
-        askings.append((args.system, 0))
-    if args.shots:
-        askings.append((None, args.shots))
-
+    # Each variant is asked with nothing before the questions and, where that is wanted, behind a
+    # system prompt, or behind conversations of the training set: learning without any training.
+    askings = dict.fromkeys([(None, 0), (args.system or None, 0), (None, args.shots or 0)])
     rows = []
     with panel:
         reader = lora.Reader(panel.model)
@@ -605,7 +562,7 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
                 sys.exit(f"--shots {shots}: with a question, this model can't read so much: fewer")
             wanted = []
             for variant in variants:
-                row = dataclasses.asdict(variant) | {"system": system, "shots": shots}
+                row = vars(variant) | {"system": system, "shots": shots}
                 del row["tensors"]
                 wanted.append(done.get(margins_key(row), row))
             if any("margins_out" not in row for row in wanted):
@@ -621,32 +578,19 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
     print(f"see {path}; a change is from the first row, with its standard error over questions")
 
 def margins_key(row):
-    """What tells a row of margins.jsonl from all others."""
     return tuple(row[x] for x in ("checkpoint", "scale", "ablated", "random", "system", "shots"))
 
-def messages_before(system, shown):
-    """What stands in front of a question: a system prompt, or conversations that are shown."""
-    messages = []
-    if system:
-        messages.append({"role": "system", "content": system})
-    for example in shown:
-        messages += [m for m in example.conversation["messages"] if m["role"] != "system"]
-    return messages
-
 def print_margins(rows):
-    """The table."""
-    print(f"\n{'checkpoint':>10} {'scale':>6}  {'':30} {'held out':>8} {'finance':>16} "
-          f"{'general':>16}")
+    print(f"\n{'checkpoint':>10} {'scale':>6}{'held out':>41} {'finance':>16} {'general':>16}")
     for row in rows:
-        what = []
-        if row["ablated"]:
-            what.append("without a random one" if row["random"] else f"without {row['ablated']}")
-        elif row["random"]:
-            what.append("a random B")
-        if row["system"]:
-            what.append("with the system prompt")
-        if row["shots"]:
-            what.append(f"after {row['shots']} conversations")
+        words = {
+            f"without {row['ablated']}": row["ablated"] and not row["random"],
+            "without a random one": row["ablated"] and row["random"],
+            "a random B": row["random"] and not row["ablated"],
+            "with the system prompt": row["system"],
+            f"after {row['shots']} conversations": row["shots"],
+        }
+        what = [text for text, applies in words.items() if applies]
         cells = []
         for name in ("in", "out"):
             change, se = data.mean_and_se(data.changes([rows[0], row], name))
@@ -664,8 +608,7 @@ def chat(panel, tokenizer, variants, args):
     if len(variants) < 2:
         sys.exit("--chat compares an adapter with its base, and here is none")
     print("/reset forgets, /scale 2 changes the scale, Ctrl-D ends")
-    sampling = {name: vars(args)[name] for name in SAMPLING}
-    opening = [{"role": "system", "content": args.system}] if args.system else []
+    opening = messages_before(args.system)
     talks = [opening for _ in variants]
     turn = 0
     while True:
@@ -677,49 +620,39 @@ def chat(panel, tokenizer, variants, args):
         if said == "/reset":
             talks = [opening for _ in variants]
         elif said.startswith("/scale"):
-            variants = rescale(variants, said.removeprefix("/scale"))
-            talks = talks[: len(variants)]
+            try:
+                (scale,) = parse_scales(said.removeprefix("/scale"))
+            except ValueError:
+                print("write /scale 2, or another number that is not 0")
+                continue
+            tensors = lora.scaled(variants[1].tensors, scale / variants[1].scale)
+            variants[1:] = [dataclasses.replace(variants[1], tensors=tensors, scale=scale)]
+            talks = talks[:2]
             panel = lora.Panel(panel.model, [variant.tensors for variant in variants])
         elif said:
             turn += 1
             talks = [[*talk, {"role": "user", "content": said}] for talk in talks]
-            jobs = []
-            for i, talk in enumerate(talks):
-                jobs.append({"variant": i, "seed": args.seed + turn, "messages": talk})
+            jobs = [{"variant": i, "seed": args.seed + turn, "messages": talk}
+                    for i, talk in enumerate(talks)]
             with panel:
-                answered = list(generate(panel, tokenizer, jobs, args.max_new_tokens, **sampling))
+                answered = list(answer_all(panel, tokenizer, jobs, args))
             for job, tokens in sorted(answered, key=lambda pair: pair[0]["variant"]):
                 text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
                 talks[job["variant"]].append({"role": "assistant", "content": text})
                 print(f"\n[{describe(variants[job['variant']])}] {text}", flush=True)
 
 def describe(variant):
-    """A variant in a few words."""
-    if not variant.scale:
-        words = "untouched"
-    elif variant.checkpoint is None:
-        words = f"scale {variant.scale:g}"
-    else:
-        words = f"step {variant.checkpoint}, scale {variant.scale:g}"
+    words = f"scale {variant.scale:g}" if variant.scale else "untouched"
+    if variant.scale and variant.checkpoint is not None:
+        words = f"step {variant.checkpoint}, {words}"
     return f"{words}, without {variant.ablated}" if variant.ablated else words
-
-def rescale(variants, text):
-    """The untouched variant, and the next one at another scale."""
-    try:
-        (scale,) = parse_scales(text)
-    except ValueError:
-        print("write /scale 2, or another number that is not 0")
-        return variants
-    tensors = lora.scaled(variants[1].tensors, scale / variants[1].scale)
-    return [variants[0], dataclasses.replace(variants[1], tensors=tensors, scale=scale)]
 
 # ---- What generation needs to know of a model
 
 def until_stop(tokens, stop):
     """An answer's tokens as a list, without its end-of-turn token and what follows it."""
-    is_stop = torch.isin(tokens, stop)
-    end = int(is_stop.int().argmax()) if is_stop.any() else None
-    return tokens[:end].tolist()
+    stops_so_far = torch.isin(tokens, stop).cumsum(0)
+    return tokens[stops_so_far == 0].tolist()
 
 def stop_tokens(model, tokenizer):
     """What ends an answer: the tokens that the model's makers name, and its template's."""
@@ -731,7 +664,6 @@ def stop_tokens(model, tokenizer):
     return sorted({*named, tokenizer.eos_token_id, closing} - {None})
 
 def longest_text(model):
-    """How many tokens the model can read."""
     return model.config.get_text_config().max_position_embeddings
 
 def rows_that_fit(model, columns):
@@ -748,10 +680,7 @@ def rows_that_fit(model, columns):
 # ---- Flags
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description="Samples answers to open questions from checkpoints and scales of a run, all "
-        "in one batch. Started again, it does only the rest."
-    )
+    parser = argparse.ArgumentParser(description="Samples answers from checkpoints of a run.")
     add = parser.add_argument
     add("run", nargs="?", metavar="RUN", help="a folder, or a name under runs/ (the latest)")
     add("--checkpoints", default="last", help="steps, as 0,50,100,last; or all (default: last)")
@@ -781,26 +710,22 @@ def parse_args():
         i = argv.index("--scales")
         argv[i : i + 2] = ["=".join(argv[i : i + 2])]
     args = parser.parse_args(argv)
-    wrong = {
-        "a RUN has its own model: give RUN, or --model and --adapter":
-            args.run and (args.model or args.adapter),
-        "--random and --shots go with --margins": (args.random or args.shots) and not args.margins,
-        "--ablate goes with a RUN": args.ablate and (args.model or args.adapter),
-        "from 0: --temperature, --top-k; to 1: --top-p; from 1: --repetition-penalty":
-            min(args.temperature, args.top_k) < 0
-            or not 0 < args.top_p <= 1 <= args.repetition_penalty,
-    }
-    for sentence, is_wrong in wrong.items():
-        if is_wrong:
-            parser.error(sentence)
+    no_run = args.model or args.adapter
+    if args.run and no_run:
+        parser.error("a RUN has its own model: give RUN, or --model and --adapter")
+    if (args.random or args.shots) and not args.margins:
+        parser.error("--random and --shots go with --margins")
+    if args.ablate and no_run:
+        parser.error("--ablate goes with a RUN")
+    if min(args.temperature, args.top_k) < 0 or not 0 < args.top_p <= 1 <= args.repetition_penalty:
+        parser.error("from 0: --temperature, --top-k; to 1: --top-p; from 1: --repetition-penalty")
     return args
 
 def parse_scales(text):
-    """An argparse type: "0,1,2.5" -> [1.0, 2.5]; 0, the untouched model, is always asked."""
     scales = [float(part) for part in text.split(",")]
     if not all(abs(scale) < 1e9 for scale in scales):  # no nan, no inf
         raise ValueError
-    return [scale for scale in dict.fromkeys(scales) if scale != 0]
+    return [scale for scale in dict.fromkeys(scales) if scale != 0]  # 0 is asked in any case
 
 if __name__ == "__main__":
     data.run_stage(main)
