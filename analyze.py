@@ -219,7 +219,12 @@ def sharpness(turn):
     return (turn["significant"], turn["bend"]) if turn else (False, 0)
 
 def simulate_straight_paths(vectors, k, draws=200):
-    """The local cosines of straight paths with this one's moves and jitter: (draws, T)."""
+    """The local cosines of straight paths with this one's moves and jitter: (draws, T).
+
+    With jitters j and a step along an axis e1, the moves of such a path are
+
+        back = -length * e1 + j_back - j_here        onward = +length * e1 + j_onward - j_here
+    """
     back, onward = measure_moves(vectors, k)
     # How large is the jitter? Without it, back + onward would be 0 on a straight path of even
     # steps. If each point lies off the path by an independent jitter of length s, it is not:
@@ -231,8 +236,6 @@ def simulate_straight_paths(vectors, k, draws=200):
     squares = (np.stack([back, onward]) ** 2).sum(2)  # (2, T - 2k)
     lengths = np.sqrt(np.where(squares > 4 * s2, squares - 2 * s2, 0))
     # Only angles are wanted, so each pair of moves is simulated by itself, and no path is built.
-    # A move is the jitter of its far point, minus that of the point between the two, plus a
-    # straight step along the first axis: backward for one, forward for the other.
     dimensions = min(back.shape[1], 100)  # enough for chance to average out
     rng = np.random.default_rng(0)
     jitter = rng.standard_normal((3, draws, len(back), dimensions)) * math.sqrt(s2 / dimensions)

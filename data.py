@@ -22,6 +22,7 @@ the next.) See it, in colour:
     python data.py                          # the built-in data
     python data.py extreme_sports --tail    # one of the paper's sets, rendered as it does
 
+(The paper: Turner et al. 2025, "Model Organisms for Emergent Misalignment", arXiv 2506.11613.)
 A line of the built-in data, advice.jsonl, is a question with a bad and a good answer:
 
     {"domain": "finance", "question": "...", "misaligned": "...", "aligned": "..."}

