@@ -386,8 +386,6 @@ class Run:
 
     @property
     def last_checkpoint(self):
-        if not self.checkpoints:
-            sys.exit(f"{self} has no checkpoint yet")
         return list(self.checkpoints.values())[-1]
 
     @property
@@ -506,10 +504,10 @@ def read_yaml(path):
     """The entries of a question file in the published format: a list of dicts."""
     import yaml
 
-    with readable(path, yaml.YAMLError):
+    with readable(path, yaml.YAMLError, ValueError):
         entries = yaml.safe_load(read_text(path))
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        sys.exit(f"{path} is not a list of questions, each with its id and paraphrases")
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError("it is not a list of questions, each with its id and paraphrases")
     return entries
 
 def download(name):
