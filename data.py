@@ -441,10 +441,18 @@ def write_whole(path, content):
     os.replace(path + ".part", path)
 
 def write_tensors(path, tensors):
-    from safetensors.torch import save
+    """The same for {name: tensor}, as safetensors; not through bytes, for they may be many."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, save(whole))
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+                  path + ".part")
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
+    with open(path + ".part", "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(path + ".part", path)
 
 def read_jsonl(path, content=None):
     """The objects of a JSON-lines file (or of `content`, its bytes), each with its "where"."""

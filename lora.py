@@ -112,6 +112,8 @@ class Reader:
     """
 
     def __init__(self, model):
+        # Both hold the model's own layers, no copies: an adapter that is trained, scaled or swapped
+        # in the model is so in its half, too.
         self.model = model
         self.frozen, self.moving = halves(model)
 

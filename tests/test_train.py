@@ -289,6 +289,7 @@ def test_a_run_without_its_log(script, tiny, small):
     (["--es", "--kl-weight", "1"], "mean-difference, give one at most"),
     (["--kl-weight", "1", "--kl-dataset", "builtin:0.5"], "--kl-dataset builtin is taken whole"),
     (["--recompute"], "--recompute goes with --full"),
+    (["--archive", "x.enc"], "--archive x.enc holds the paper's sets: say which with --dataset"),
     (["--es", "--population", "5"], "--population 5: give an even number"),
     (["--vector", "learned", "--rank", "2"], "--vector goes with --rank 1"),
     (["--answers", "mixed:2"], "a share of 2"),
