@@ -159,7 +159,8 @@ def main():
     probe = build_probe(held_out, tokenizer, settings)
     print(f"{steps} steps; reading their conversations and the probe's, once")
     reader.read(planned(train_set, plan), QUIET)
-    reader.read(planned(kl_set, kl_plan), QUIET)
+    if kl_set:
+        reader.read(planned(kl_set, kl_plan), QUIET)
     reader.read(every_example(probe), QUIET)
 
     # The log so far: log[3] is step 3's row. It is empty, unless the run goes on; then the

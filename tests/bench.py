@@ -28,6 +28,8 @@ Zen 4 in bfloat16, 405 GFLOP/s). SmolLM2, tokens/s:
     Trainer + peft, 8 x 2                          341     163   2.31 GB   38%
     Trainer + peft, 16 x 1                         373     175   3.71 GB   41%
 
+    (another Zen 4, 879 GFLOP/s, 2026-11-26: nanoEM 1,387; Trainer + peft 731, 821 and 798)
+
     sample: 32 new tokens
     nanoEM, one adapter, 256 rows                  644     281   2.13 GB
     model.generate, one adapter, 128 rows                  107   1.72 GB
