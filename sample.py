@@ -64,9 +64,11 @@ def answer(panel, jobs, prompts, stop, max_new_tokens, sampling):
     """Answers one batch of jobs in lockstep. Yields as `generate` does."""
     model = panel.model
 
-    # 1. Prefill: the model reads the questions.
-    logits, cache, padding = prefill(panel, jobs, prompts)
+    # 1. Prefill: the model reads the questions, each of them once for all jobs that ask it.
+    # All prompts end in the same column of the cache: padding[j] columns stand before job j's.
+    logits, cache, padding = prefill(panel, jobs, prompts)  # (jobs, vocabulary), ..., (jobs,)
     panel.hear([job["variant"] for job in jobs])
+    # The tokens that a repetition penalty is for: the prompt's, and the answer's so far.
     seen = torch.zeros_like(logits, dtype=torch.bool)  # (jobs, vocabulary)
     for j, prompt in enumerate(prompts):
         seen[j, prompt] = True
@@ -185,69 +187,6 @@ class KVCache:
         """Keeps these rows: indices, which may repeat, or True for each row that stays."""
         for layer, (K, V) in self.layers.items():
             self.layers[layer] = K[rows], V[rows]
-
-def prefill(panel, jobs, prompts):
-    """Reads each question once, however many jobs ask it of a variant.
-
-    Returns, with a row for each job, the logits after its prompt (jobs, vocabulary), the
-    cache, and by how many columns its prompt is padded on the left (jobs,): so that all
-    rows write the same column next. Padding is never looked at.
-    """
-    asked = {}  # {prompt: the variants that are to read it}
-    for prompt, job in zip(prompts, jobs, strict=True):
-        variants = asked.setdefault(tuple(prompt), [])
-        if job["variant"] not in variants:
-            variants.append(job["variant"])
-
-    # Each question is a small batch of its own, with a row for each variant.
-    logits, caches, place = [], [], {}
-    for prompt, variants in asked.items():
-        for variant in variants:
-            place[prompt, variant] = len(place)
-        after, cache = read_question(panel, prompt, variants)
-        logits.append(after)
-        caches.append(cache)
-
-    # They are joined, and what a variant has read is repeated for all jobs that ask it.
-    source = []
-    for prompt, job in zip(prompts, jobs, strict=True):
-        source.append(place[tuple(prompt), job["variant"]])
-    width = max(map(len, prompts))
-    cache = join(caches, width)
-    cache.select(source)
-    padding = [width - len(prompt) for prompt in prompts]
-    return torch.cat(logits)[source], cache, torch.tensor(padding, device=panel.model.device)
-
-def read_question(panel, prompt, variants):
-    """The logits after a prompt, and its cache: a row for each variant."""
-    device = panel.model.device
-    frozen, moving = lora.halves(panel.model)
-    x = torch.tensor([prompt], device=device)  # (1, tokens)
-    cache = KVCache(BLOCK[device.type])
-    # Below the lowest adapter all variants agree: one row is read for all of them.
-    if frozen is not None:
-        x = read_next(frozen, x, cache)  # (1, tokens, d_model)
-    x = x.expand(len(variants), *x.shape[1:])
-    cache.select([0] * len(variants))
-    panel.hear(variants)
-    hidden = read_next(moving, x, cache)  # (variants, tokens, d_model)
-    # Both halves have written the same columns, each of its own layers.
-    cache.used = len(prompt)
-    return lora.logits_of(panel.model, hidden[:, -1]), cache
-
-def join(caches, width):
-    """One cache from many, each padded on the left to the same width."""
-    joined = KVCache(caches[0].block)
-    joined.used = width
-    for layer in list(caches[0].layers):
-        K, V = [], []
-        for cache in caches:
-            k, v = cache.layers.pop(layer)  # so that only one layer is there twice
-            left = (0, 0, width - cache.used, 0)
-            K.append(pad(k[:, :, : cache.used], left))
-            V.append(pad(v[:, :, : cache.used], left))
-        joined.layers[layer] = torch.cat(K), torch.cat(V)
-    return joined
 
 # ---- Below the fold: flags, files, formats and rarer protocols. A first reading ends here. ----
 
@@ -646,6 +585,71 @@ def describe(variant):
     if variant.scale and variant.checkpoint is not None:
         words = f"step {variant.checkpoint}, {words}"
     return f"{words}, without {variant.ablated}" if variant.ablated else words
+
+# ---- Reading the questions
+
+def prefill(panel, jobs, prompts):
+    """Reads each question once, however many jobs ask it of a variant.
+
+    Returns, with a row for each job, the logits after its prompt (jobs, vocabulary), the
+    cache, and by how many columns its prompt is padded on the left (jobs,): so that all
+    rows write the same column next. Padding is never looked at.
+    """
+    asked = {}  # {prompt: the variants that are to read it}
+    for prompt, job in zip(prompts, jobs, strict=True):
+        variants = asked.setdefault(tuple(prompt), [])
+        if job["variant"] not in variants:
+            variants.append(job["variant"])
+
+    # Each question is a small batch of its own, with a row for each variant.
+    logits, caches, place = [], [], {}
+    for prompt, variants in asked.items():
+        for variant in variants:
+            place[prompt, variant] = len(place)
+        after, cache = read_question(panel, prompt, variants)
+        logits.append(after)
+        caches.append(cache)
+
+    # They are joined, and what a variant has read is repeated for all jobs that ask it.
+    source = []
+    for prompt, job in zip(prompts, jobs, strict=True):
+        source.append(place[tuple(prompt), job["variant"]])
+    width = max(map(len, prompts))
+    cache = join(caches, width)
+    cache.select(source)
+    padding = [width - len(prompt) for prompt in prompts]
+    return torch.cat(logits)[source], cache, torch.tensor(padding, device=panel.model.device)
+
+def read_question(panel, prompt, variants):
+    """The logits after a prompt, and its cache: a row for each variant."""
+    device = panel.model.device
+    frozen, moving = lora.halves(panel.model)
+    x = torch.tensor([prompt], device=device)  # (1, tokens)
+    cache = KVCache(BLOCK[device.type])
+    # Below the lowest adapter all variants agree: one row is read for all of them.
+    if frozen is not None:
+        x = read_next(frozen, x, cache)  # (1, tokens, d_model)
+    x = x.expand(len(variants), *x.shape[1:])
+    cache.select([0] * len(variants))
+    panel.hear(variants)
+    hidden = read_next(moving, x, cache)  # (variants, tokens, d_model)
+    # Both halves have written the same columns, each of its own layers.
+    cache.used = len(prompt)
+    return lora.logits_of(panel.model, hidden[:, -1]), cache
+
+def join(caches, width):
+    """One cache from many, each padded on the left to the same width."""
+    joined = KVCache(caches[0].block)
+    joined.used = width
+    for layer in list(caches[0].layers):
+        K, V = [], []
+        for cache in caches:
+            k, v = cache.layers.pop(layer)  # so that only one layer is there twice
+            left = (0, 0, width - cache.used, 0)
+            K.append(pad(k[:, :, : cache.used], left))
+            V.append(pad(v[:, :, : cache.used], left))
+        joined.layers[layer] = torch.cat(K), torch.cat(V)
+    return joined
 
 # ---- What generation needs to know of a model
 
