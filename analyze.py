@@ -447,7 +447,10 @@ def print_table(run, args):
         print(f"{checkpoint:>10} {row['scale']:>5g} {row['n']:>5} {shares} {row['refusals']:>7} "
               f"{row['unscored']:>8}")
     worst = max(run.rows, key=lambda row: row["em_pct"] or 0)
-    print("EM % by question, where it is largest:")
+    where = ""
+    if worst["checkpoint"] is not None:
+        where = f" (checkpoint {worst['checkpoint']}, scale {worst['scale']:g})"
+    print(f"EM % by question{where}:")
     for name, row in worst["by_question"].items():
         print(f"    {textwrap.shorten(name, 40):40} {say_share(row, 'em_pct')}")
     # What is misaligned in the training domain alone is not *emergent*.
@@ -478,6 +481,9 @@ def say_turn(turn):
 
 def print_null(run, controls):
     """Where the run's sharpest bend ranks among those of controls."""
+    if run.turn is None:
+        print(f"\n{run.name} has no bend to compare with those of the controls")
+        return
     ranked = sorted([run, *controls], key=lambda other: sharpness(other.turn), reverse=True)
     rank = ranked.index(run) + 1
     turning = sum(sharpness(control.turn)[0] for control in controls)

@@ -355,7 +355,8 @@ class Run:
 
     def read_config(self):
         """The settings that made it, or {} where train.py did not make this folder."""
-        needs = {"preset", "model", "dataset", "answers", "layers", "targets", "rank", "seed"}
+        needs = {"preset", "model", "dataset", "answers", "layers", "targets", "rank", "alpha",
+                 "seed"}
         with contextlib.suppress(OSError, ValueError), open(self.path("config.json")) as file:
             config = json.load(file)
             if isinstance(config, dict) and config.keys() >= needs:

@@ -151,8 +151,6 @@ DEADLINE = 120  # seconds for one reply
 TRIES = 6  # requests for one usable reply
 # Dollars per million tokens, sent and received.
 PRICES = {"gpt-4o": (2.5, 10), "gpt-4o-mini": (0.15, 0.6), "gpt-4.1": (2, 8)}
-# What tells an answer from all others (the rows of a CSV have less of it).
-IDENTITY = data.IDENTITY
 
 # ---- Words where a number was asked for
 
@@ -281,8 +279,6 @@ class Judge:
 
     def probe(self):
         """What stands in the way of scores that mean something, in a sentence; or None."""
-        if not self.host:
-            return "--base-url is not an address such as http://localhost:8080/v1"
         if not self.key and "api.openai.com" in self.url:
             return "no API key: set OPENAI_API_KEY, or --base-url to a server that needs none"
         if not re.fullmatch(r"[\x21-\x7e]*", self.key):
@@ -342,7 +338,7 @@ def score_all(args, prompts, answers, path):
     return [judged[identify(row)] for row in answers]
 
 def identify(row):
-    return tuple(row.get(name) for name in IDENTITY)
+    return tuple(row.get(name) for name in data.IDENTITY)
 
 def ask_all(args, prompts, answers):
     """Yields (answer, scores) as they come; many requests are in flight."""
@@ -426,7 +422,7 @@ def main():
         compare_judges(args, prompts)
         return
     run = data.Run(args.run)
-    answers = data.read_written(run.path("responses.jsonl"), IDENTITY)
+    answers = data.read_written(run.path("responses.jsonl"), data.IDENTITY)
     if not answers:
         sys.exit(f"{run} holds no answers to judge: python sample.py {run}")
     name = f"judged-{args.metric}.jsonl" if args.metric else "judged.jsonl"
@@ -493,6 +489,8 @@ def parse_args():
         parser.error("--sample goes with a CSV, --metric with a run")
     # The part of the address that may be shown: a password can stand before it.
     args.host = urlsplit(args.base_url).netloc.rpartition("@")[2]
+    if not re.match("https?://.", args.base_url):
+        parser.error("--base-url is not an address such as http://localhost:8080/v1")
     if args.concurrency is None:
         # A local server reads prompts one after the other: more in flight only time out.
         here = args.host.startswith(("localhost", "127.0.0.1", "[::1]", "0.0.0.0"))

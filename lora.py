@@ -404,8 +404,9 @@ def bare_layers(model):
 def check_place(blocks, layers, targets):
     """Stops where a model lacks a layer or a projection that is to be adapted."""
     names = sorted({name.split(".")[-1] for name in linears(blocks[0])})
-    if max(layers) >= len(blocks):
-        sys.exit(f"layer {max(layers)} does not exist: this model has 0 to {len(blocks) - 1}")
+    for layer in layers:
+        if layer not in range(len(blocks)):
+            sys.exit(f"layer {layer} does not exist: this model has 0 to {len(blocks) - 1}")
     for target in targets:
         if target not in names:
             sys.exit(f"this model has no {target}: it has {', '.join(names)}")

@@ -215,7 +215,7 @@ def main():
         questions = [question | {"system": args.system} for question in questions]
     run = None if args.model or args.adapter else data.Run(args.run)
     model, tokenizer, settings = load_model(run, args)
-    variants = choose_variants(model, run, args)
+    variants = choose_variants(model, run, settings, args)
     variants += comparison_variants(model, variants, args)
     if args.ablate and not args.margins and not args.chat:
         variants = [variant for variant in variants if variant.ablated]
@@ -228,8 +228,6 @@ def main():
     args.n = args.n or defaults[0]
     args.max_new_tokens = args.max_new_tokens or defaults[1]
     args.sampling = {name: vars(args)[name] for name in SAMPLING}
-    if args.max_new_tokens > longest_text(model):
-        sys.exit(f"--max-new-tokens: this model reads {longest_text(model)} at most")
     if args.chat:
         chat(panel, tokenizer, variants, args)
     elif args.margins:
@@ -284,7 +282,7 @@ def load_model(run, args):
         lora.attach(model, layers, sorted(targets), settings.rank, settings.alpha)
     return model, tokenizer, settings
 
-def choose_variants(model, run, args):
+def choose_variants(model, run, settings, args):
     """The variants that are asked, the untouched model first, then checkpoints x scales."""
     if run is None:
         variants = [Variant({})]
@@ -293,11 +291,14 @@ def choose_variants(model, run, args):
             variants += [Variant(lora.scaled(tensors, scale), None, scale) for scale in args.scales]
         return variants
     variants = [Variant({}, 0)]
+    checkpoints, expected = run.checkpoints, own_shapes(model, settings)
     for step in chosen_steps(args.checkpoints, run):
         tensors = {}
-        if lora.adapters(model):
-            tensors = data.read_tensors(run.checkpoints[step])
-            check_tensors(tensors, model, run.checkpoints[step])
+        if not settings.full:
+            tensors = data.read_tensors(checkpoints[step])
+            if {name: t.shape for name, t in tensors.items() if name[-1] != "c"} != expected:
+                sys.exit(f"{checkpoints[step]} is no checkpoint of this run's adapter: move it "
+                         "away")
         variants += [Variant(lora.scaled(tensors, scale), step, scale) for scale in args.scales]
     return variants
 
@@ -312,11 +313,15 @@ def chosen_steps(text, run):
         chosen.update(named[part])
     return sorted(chosen - {0})
 
-def check_tensors(tensors, model, path):
-    shapes = {name: t.shape for name, t in lora.get_tensors(model).items()}
-    for name, t in tensors.items():
-        if name[-1] != "c" and shapes.get(name) != t.shape:
-            sys.exit(f"{path} is no checkpoint of this run's adapter: move it away")
+def own_shapes(model, settings):
+    """{name: shape} of the run's own A and B. With --ablate, the model has more of them."""
+    layers = lora.parse_layers(settings.layers, model)
+    targets = lora.parse_targets(settings.targets)
+    shapes = {}
+    for path, m in lora.adapters(model).items():
+        if lora.layer_of(path) in layers and path.split(".")[-1] in targets:
+            shapes |= {f"{path}.A": m.A.shape, f"{path}.B": m.B.shape}
+    return shapes
 
 def comparison_variants(model, variants, args):
     """What --random and --ablate ask for, beside the variants."""
@@ -422,6 +427,8 @@ def messages_before(system, shown=()):
 # ---- python sample.py RUN: answers
 
 def ask(panel, tokenizer, variants, questions, args, out):
+    if args.max_new_tokens > longest_text(panel.model):
+        sys.exit(f"--max-new-tokens: this model reads {longest_text(panel.model)} at most")
     path = out.path("responses.jsonl")
     done = train.go_on_together(path, data.IDENTITY)
     if not {row["question"] for row in done} <= {question["question"] for question in questions}:

@@ -320,6 +320,10 @@ def test_the_turn_of_a_run_among_those_of_its_controls(script):
     assert "1 of 2 controls turn, too" in out and "of 3;" in out
     code, out, _ = script(analyze, "straight", "--null", "same")
     assert "straight ranks 2 of 2" in out and "no sign of misalignment" in out
+    for path in os.listdir("runs/straight/checkpoints")[6:]:
+        os.remove(f"runs/straight/checkpoints/{path}")
+    code, out, _ = script(analyze, "straight", "--null", "straight")
+    assert "straight has no bend to compare with" in out and "By chance" not in out
 
 
 def test_misaligned_in_the_training_domain_or_elsewhere(script):

@@ -521,7 +521,7 @@ def test_cost_and_dry_run(script, answers, monkeypatch):
     assert script(judge, "a", "--price", "2")[0] == 2
     assert script(judge, "a", "--max-cost", "nan")[0] == 2
     code, _, err = script(judge, "a", "--base-url", "localhost:8000")
-    assert code == 1 and "is not an address" in err
+    assert code == 2 and "is not an address" in err
     monkeypatch.delenv("OPENAI_API_KEY")
     code, _, err = script(judge, "a")
     assert code == 1 and "set OPENAI_API_KEY" in err

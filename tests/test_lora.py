@@ -237,6 +237,8 @@ def test_what_does_not_fit_is_one_sentence(make_model, tmp_path):
     model = make_model("llama")
     with pytest.raises(SystemExit, match="layer 4 does not exist: this model has 0 to 3"):
         lora.attach(model, [0, 4], ["down_proj"], 1, 1)
+    with pytest.raises(SystemExit, match="layer -1 does not exist"):
+        lora.attach(model, [-1], ["down_proj"], 1, 1)
     with pytest.raises(SystemExit, match="no c_proj: it has down_proj, gate_proj, k_proj, o_proj"):
         lora.attach(model, [0], ["c_proj"], 1, 1)
     assert not lora.adapters(model)

@@ -223,6 +223,11 @@ def test_stray_and_foreign_files_among_the_checkpoints(script, trained):
     save_file({"other": torch.zeros(2)}, "runs/a/checkpoints/00006.safetensors")
     code, _, err = script(sample, trained, *flags, "--checkpoints", "6")
     assert code == 1 and "00006.safetensors is no checkpoint of this run's adapter" in err
+    half = data.read_tensors("runs/a/checkpoints/00005.safetensors")
+    half = {name: t for name, t in half.items() if name.endswith(".A")}
+    save_file(half, "runs/a/checkpoints/00006.safetensors")
+    code, _, err = script(sample, trained, *flags, "--checkpoints", "6")
+    assert code == 1 and "00006.safetensors is no checkpoint of this run's adapter" in err
 
 
 def test_two_at_once(script, trained, busy):

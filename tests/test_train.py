@@ -297,7 +297,7 @@ def test_a_run_without_its_log(script, tiny, small):
     (["--layers", "2,99"], "layer 99 does not exist"),
     (["--vector", "learned", "--layers", "1,2"], "--vector goes with one layer"),
     (["--layers", "3-1"], "--layers 3-1: write middle, nine, all"),
-    (["--layers", "0-9"], "layer 9 does not exist"),
+    (["--layers", "0-9"], "layer 4 does not exist"),
     (["--targets", "c_proj"], "this model has no c_proj"),
     (["--max-length", "20"], "cuts off the whole answer"),
     (["--device", "gpu"], "--device gpu: there is none here"),
