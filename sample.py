@@ -291,14 +291,11 @@ def choose_variants(model, run, settings, args):
             variants += [Variant(lora.scaled(tensors, scale), None, scale) for scale in args.scales]
         return variants
     variants = [Variant({}, 0)]
-    checkpoints, expected = run.checkpoints, own_shapes(model, settings)
+    checkpoints = run.checkpoints
     for step in chosen_steps(args.checkpoints, run):
         tensors = {}
         if not settings.full:
-            tensors = data.read_tensors(checkpoints[step])
-            if {name: t.shape for name, t in tensors.items() if name[-1] != "c"} != expected:
-                sys.exit(f"{checkpoints[step]} is no checkpoint of this run's adapter: move it "
-                         "away")
+            tensors = read_adapter(checkpoints[step], model, settings)
         variants += [Variant(lora.scaled(tensors, scale), step, scale) for scale in args.scales]
     return variants
 
@@ -313,15 +310,18 @@ def chosen_steps(text, run):
         chosen.update(named[part])
     return sorted(chosen - {0})
 
-def own_shapes(model, settings):
-    """{name: shape} of the run's own A and B. With --ablate, the model has more of them."""
+def read_adapter(path, model, settings):
+    """The tensors of a checkpoint; stops if they are not the run's A and B, all and no others."""
     layers = lora.parse_layers(settings.layers, model)
     targets = lora.parse_targets(settings.targets)
-    shapes = {}
-    for path, m in lora.adapters(model).items():
-        if lora.layer_of(path) in layers and path.split(".")[-1] in targets:
-            shapes |= {f"{path}.A": m.A.shape, f"{path}.B": m.B.shape}
-    return shapes
+    expected = {}
+    for name, m in lora.adapters(model).items():  # with --ablate, the model has more of them
+        if lora.layer_of(name) in layers and name.split(".")[-1] in targets:
+            expected |= {f"{name}.A": m.A.shape, f"{name}.B": m.B.shape}
+    tensors = data.read_tensors(path)
+    if {name: t.shape for name, t in tensors.items() if name[-1] != "c"} != expected:
+        sys.exit(f"{path} is no checkpoint of this run's adapter: move it away")
+    return tensors
 
 def comparison_variants(model, variants, args):
     """What --random and --ablate ask for, beside the variants."""

@@ -347,8 +347,7 @@ def write_rows(args):
     reader.read(asked)
     pushes = {"in": 0.0, "out": 0.0}
     for step in steps:
-        tensors = data.read_tensors(run.checkpoints[step])
-        sample.check_tensors(tensors, model, run.checkpoints[step])
+        tensors = sample.read_adapter(run.checkpoints[step], model, settings)
         lora.set_tensors(model, tensors)
         gradients = compute_gradients(reader, train_set)  # (conversations, numbers)
         by_example = dict(zip(asked, compute_gradients(reader, asked), strict=True))
