@@ -707,7 +707,8 @@ def main():
         if run.rows:
             print_table(run, args)
         else:
-            print(f"\n{run.name}\nnot judged yet: python sample.py, then python judge.py")
+            first = "" if run.responses else "python sample.py, then "
+            print(f"\n{run.name}\nnot judged yet: {first}python judge.py")
         if run.steps:
             print(say_turn(run.turn))
         summary = {"rows": run.rows, "turn": run.turn}

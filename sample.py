@@ -701,7 +701,7 @@ def parse_args():
     add("--temperature", type=float, default=1.0, help="below 1 sharpens; 0 takes the likeliest")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest that sum to this")
     add("--top-k", type=int, default=0, help="draw from the K likeliest tokens (0: all)")
-    add("--repetition-penalty", type=float, default=1.0, help="on tokens seen before (Qwen: 1.05)")
+    add("--repetition-penalty", type=float, default=1.0, help="on tokens seen (Qwen: 1.05 to 1.1)")
     add("--max-new-tokens", type=data.positive, help="of an answer (default: 600; on a CPU 120)")
     add("--seed", type=int, default=0, help="another seed, other answers")
     add("--system", help="a system prompt before each question")
