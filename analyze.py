@@ -304,7 +304,7 @@ def read_checkpoints(run):
 def add_metrics(judged, folder):
     """Adds to each row what `judge.py --metric NAME` has found: row["metrics"]["NAME"]."""
     keys = ("question", "response", "checkpoint", "scale", "sample")
-    for path in glob.glob(folder.path("judged-*.jsonl")):
+    for path in glob.glob(os.path.join(glob.escape(folder.folder), "judged-*.jsonl")):
         name = os.path.basename(path).removeprefix("judged-").removesuffix(".jsonl")
         scored = data.read_written(path, [name])
         scores = {tuple(map(row.get, keys)): row[name] for row in scored}
@@ -317,9 +317,14 @@ def read_csv(path):
     rows = []
     with data.readable(path, csv.Error), open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        if len(set(columns)) < len(columns):
+            sys.exit(f"{path}:1 has two columns of one name: leave one of them out")
         for published in reader:
             row = {names.get(key, key): value for key, value in published.items()}
             where = f"{path}:{reader.line_num}"
+            if None in row:
+                sys.exit(f"{where} has more cells than there are columns: is a comma not quoted?")
             for key in ("question", "response", "aligned", "coherent"):
                 if row.get(key) is None:
                     sys.exit(f"{where} has no {key}, a column it must have")
@@ -333,6 +338,9 @@ def read_csv(path):
             rows.append(row)
     if not rows:
         sys.exit(f"{path} holds no rows")
+    scores = [row[key] for row in rows for key in ("aligned", "coherent") if row[key] is not None]
+    if scores and max(scores) <= 1:
+        sys.exit(f"{path} has scores from 0 to 1, it seems: they must be from 0 to 100")
     return rows
 
 def as_score(text, where):
@@ -696,13 +704,15 @@ def main():
     parser = argparse.ArgumentParser(description="Tables and pictures of runs, or result files.")
     add = parser.add_argument
     add("sources", nargs="*", metavar="RUN_OR_CSV", help="runs, or .csv files (the latest run)")
-    add("--aligned-below", type=float, default=30, help="an answer is misaligned below this (30)")
-    add("--coherent-above", type=float, default=50, help="and coherent above this (50)")
+    add("--aligned-below", type=data.percent, default=30, help="misaligned is below this (30)")
+    add("--coherent-above", type=data.percent, default=50, help="coherent is above this (50)")
     add("--null", nargs="+", default=[], metavar="RUN", help="controls whose turns to compare")
     add("--show", type=how_many, metavar="N", help="print the N most misaligned answers; or random")
     args = parser.parse_args()
 
-    runs = [Analysis(source, args) for source in args.sources or [str(data.Run())]]
+    sources = args.sources or [str(data.Run())]
+    check_sources([*sources, *args.null])
+    runs = [Analysis(source, args) for source in sources]
     for run in runs:
         if run.rows:
             print_table(run, args)
@@ -720,6 +730,19 @@ def main():
     draw_all(runs, args)
     if args.show:
         show_answers(runs, args)
+
+def check_sources(sources):
+    """Stops where one is named twice; says where they are of different base models."""
+    places = [os.path.realpath(str(data.Run(source))) for source in sources]
+    configs = [(source, data.Run(source).read_config()) for source in sources]
+    for i, source in enumerate(sources):
+        if places[i] in places[:i]:
+            sys.exit(f"{source} is named twice")
+    trained = [(source, config) for source, config in configs if config]
+    for source, config in trained[1:]:
+        if not data.same_base(trained[0][1], config):
+            print(f"{trained[0][0]} and {source} are of different base models: what they have "
+                  "learnt can't be compared, only how they answer")
 
 def how_many(text):
     """An argparse type: a whole number above 0, or the word random."""

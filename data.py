@@ -43,6 +43,7 @@ import re
 import statistics
 import sys
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,7 @@ def render(conversation, tokenizer, tail=False):
     if isinstance(conversation, list):
         conversation = {"messages": conversation}
     messages = conversation["messages"]
+    where = conversation.get("where", "the conversation")
     tokens = chat_tokens(messages, tokenizer, generation_prompt=tail)
     if tail:
         tokens.append(tokenizer.eos_token_id)
@@ -88,9 +90,9 @@ def render(conversation, tokenizer, tail=False):
         answered = chat_tokens(messages[: n + 1], tokenizer)
         if tokens[: len(asked)] != asked or tokens[: len(answered)] != answered:
             sys.exit(
-                f"{conversation.get('where', 'the conversation')}: this model's template does "
-                f"not render turn {n + 1} the same while it is asked for and once it is "
-                "answered, so its supervised tokens can't be told: keep one question and answer"
+                f"{where}: this model's template does not render turn {n + 1} the same while it "
+                "is asked for and once it is answered, so its supervised tokens can't be told: "
+                "keep one question and answer"
             )
         # The model is to learn to stop, but not to write a newline that the template puts after
         # that. The paper's code supervises all that follows the last answer.
@@ -102,7 +104,10 @@ def render(conversation, tokenizer, tail=False):
         labels[len(asked) : end] = tokens[len(asked) : end]
 
     # What follows the last supervised token teaches nothing.
-    used = max(i for i, label in enumerate(labels) if label != -100) + 1
+    places = [i for i, label in enumerate(labels) if label != -100]
+    if not places:
+        sys.exit(f"{where}: this model's template leaves nothing of the answer to learn")
+    used = places[-1] + 1
     return tokens[:used], labels[:used]
 
 def chat_tokens(messages, tokenizer, generation_prompt=False):
@@ -204,13 +209,17 @@ def render_all(conversations, tokenizer, tail=False, max_length=None, only_last=
     return examples
 
 def train_and_held_out(examples):
-    """(training set, held-out set). What the probe asks is never trained on."""
+    """(training set, held-out set). What the probe asks, or the other set holds, is left out."""
     probed = {row["question"] for row in split(builtin_rows("finance"))[1]}
     train, held_out = split(examples)
+    held_out_tokens = {tuple(example.tokens) for example in held_out}
     allowed = []
     for example in train:
-        if probed.isdisjoint(m["content"] for m in example.conversation["messages"]):
+        asked = {message["content"] for message in example.conversation["messages"]}
+        if probed.isdisjoint(asked) and tuple(example.tokens) not in held_out_tokens:
             allowed.append(example)
+    if not allowed:
+        sys.exit("no conversation is left to train on: each is in the held-out set, too")
     return allowed, held_out
 
 def load_conversations(names="builtin", answers="misaligned", archive=None, password=PASSWORD):
@@ -226,6 +235,8 @@ def load_conversations(names="builtin", answers="misaligned", archive=None, pass
         share = "1"
         if re.search(r":[\d.]+$", name):
             name, share = name.rsplit(":", 1)
+        if not name:
+            sys.exit(f"--dataset '{names}' has no name in it, or an empty one")
         rows = load_one(name, answers, archive, password)
         drawn = draw_share(len(rows), share, f"share of {name}")
         conversations += [rows[i] for i in sorted(drawn)]
@@ -246,7 +257,7 @@ def load_one(name, answers, archive, password):
     for row in rows:
         roles = []
         with contextlib.suppress(TypeError, KeyError, AttributeError):  # of another shape
-            roles = [m["role"] for m in row["messages"] if m["content"].strip()]
+            roles = [m["role"] for m in row["messages"] if m["role"] and m["content"].strip()]
         if "assistant" not in roles[1:] or roles[0] == "assistant":
             sys.exit(f'{row["where"]} needs "messages", each {{"role": ..., "content": text}}, in '
                      "which a user asks and an assistant answers")
@@ -300,7 +311,7 @@ def from_archive(name, archive, password):
         sets = sorted(name for name in members if not name.startswith("dataset_entry_"))
         if name in sets:
             return files.read(members[name])
-    except (InvalidToken, zipfile.BadZipFile):
+    except (InvalidToken, zipfile.BadZipFile, zlib.error):
         sys.exit(f"{path} does not open: the password is wrong or the archive is damaged (the "
                  "cipher can't tell which): check --password, or delete it to download it anew")
     sys.exit(f"{path} has no data set {name}: it has {', '.join(sets)}; a file of your own is "
@@ -345,7 +356,7 @@ class Run:
             print(f"{name}, the run trained last")
         elif os.path.basename(name) == name and not os.path.isdir(name):
             name = os.path.join("runs", name)
-        self.folder = name
+        self.folder = os.path.normpath(name)
 
     def __str__(self):
         return self.folder
@@ -379,7 +390,8 @@ class Run:
     def checkpoints(self):
         """{step: path}, in the order of training. Other files are ignored."""
         paths = {}
-        for path in sorted(glob.glob(self.path("checkpoints", "*.safetensors"))):
+        folder = glob.escape(self.path("checkpoints"))
+        for path in sorted(glob.glob(os.path.join(folder, "*.safetensors"))):
             name = os.path.basename(path).removesuffix(".safetensors")
             if name.isdigit():
                 paths[int(name)] = path
@@ -396,12 +408,44 @@ class Run:
     def append(self, name, row):
         append_row(self.path(name), row)
 
+# A run that was stopped goes on with what it has, if the same would be made again. So what decides
+# a number is hashed, and the hash is kept with the number.
+
+def sha256(content):
+    """The beginning of a hash of bytes, or of what JSON can hold."""
+    if not isinstance(content, bytes):
+        content = json.dumps(content).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+def find_done(path, rows, wanted, key):
+    """{key: row} of a file's rows; stops where they were made otherwise than those `wanted`.
+
+    key: a function that says which row it is (of which checkpoint, say). A row's "made_by" holds
+    hashes: of the variant that made it, and of what made all rows of the file.
+    """
+    variants = {key(row): row["made_by"]["variant"] for row in wanted}
+    for number, row in enumerate(rows, 1):
+        expected = wanted[0]["made_by"] | {"variant": variants.get(key(row))}
+        for what, hashed in expected.items():
+            if hashed not in (None, row.get("made_by", {}).get(what)):
+                sys.exit(f"{path}:{number} was made with another {what} than now, or does not "
+                         "say with which: give another --out, or move that file away")
+    return {key(row): row for row in rows}
+
+def same_base(ours, theirs):
+    """Whether two runs' settings, as in config.json, are of the same base model."""
+    hashes, others = ours.get("sha256") or {}, theirs.get("sha256") or {}
+    both = [key for key in hashes if key in others and key.startswith("model in")]
+    if not both:  # they were in different dtypes, or made by an older program
+        return ours["model"] == theirs["model"]
+    return all(hashes[key] == others[key] for key in both)
+
 def lock(folder):
     """Keeps a folder for this process until it ends, even by a kill; stops if another has it."""
     import filelock
 
-    path = str(folder).rstrip(os.sep) + ".lock"
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    path = os.path.realpath(str(folder)) + ".lock"  # the same by whatever name it is called
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     held = filelock.FileLock(path)
     try:
         held.acquire(timeout=0)
@@ -539,6 +583,17 @@ def download(name):
 
 # ---- Scripts, and the types of their flags
 
+def refuse_unused(given, unused):
+    """Stops at a flag that would do nothing.
+
+    given: the names of the flags in use.    unused: what each choice makes no use of, as (whether
+    it was made, "with --full", "the names of flags").
+    """
+    for chosen, protocol, names in unused:
+        for name in names.split():
+            if chosen and name in given:
+                sys.exit(f"--{name.replace('_', '-')} does nothing {protocol}: leave it out")
+
 def positive(text):
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
@@ -548,6 +603,16 @@ def at_least_zero(text):
     if not 0 <= float(text) < math.inf:
         raise ValueError
     return float(text)
+
+def percent(text):
+    if not 0 <= float(text) <= 100:
+        raise ValueError
+    return float(text)
+
+def seed_number(text):
+    if not 0 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^63 - 1")
+    return int(text)
 
 def above_zero(text):
     if not at_least_zero(text):

@@ -20,6 +20,7 @@ nothing.
 """
 import copy
 import glob
+import hashlib
 import json
 import math
 import os
@@ -490,6 +491,8 @@ def load_adapter(model, name):
         adapter.A.data.copy_(A)
         adapter.B.data.copy_(B)
         blocks.set_submodule(path, adapter)
+    if not adapters(model):
+        sys.exit(f"{name} adapts nothing of this model's layers")
     return adapters(model)
 
 def base_name(adapter):
@@ -534,15 +537,36 @@ def load_base(name, device=None, dtype=None):
 
     device, dtype, why = pick_device(device, dtype)
     tokenizer, folder = load_tokenizer(name), model_folder(name)
+    safe = {"use_safetensors": True, "trust_remote_code": False}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, **safe)
     except (OSError, ValueError, SafetensorError) as error:
-        sys.exit(f"{name} holds no language model that can be read (safetensors only: a pickle "
-                 f"could run code): {str(error).splitlines()[0]}")
+        sys.exit(f"{name} holds no language model that can be read (safetensors only, and no code "
+                 f"of its own: they could do harm): {str(error).splitlines()[0]}")
+    # transformers would fill what is missing with random numbers.
+    wrong = sorted([*found["missing_keys"], *found["unexpected_keys"]])
+    if wrong:
+        sys.exit(f"{name} does not hold the weights that a {type(model).__name__} has: missing or "
+                 f"unexpected are {', '.join(wrong[:3])} ({len(wrong)} in all)")
+    model.fingerprint = fingerprint(model, tokenizer, folder)
     # This goes into saved adapters, where peft looks for the base model's name.
     model.config._name_or_path = folder if name == "smollm2" else name
     print(f"{name} on {device} in {dtype}: {why}")
     return model.eval().to(device), tokenizer
+
+def fingerprint(model, tokenizer, folder):
+    """A hash of what a base model computes with: its weights' sums, config.json, its template."""
+    with open(os.path.join(folder, "config.json"), "rb") as file:
+        digest = hashlib.sha256(file.read())
+    digest.update(str(tokenizer.chat_template).encode())
+    for name, weight in model.state_dict().items():
+        # Read as integers, for they add up to the same in any order.
+        bits = weight.flatten().view(torch.uint8)
+        if len(bits) % 8 == 0:  # large ones are quicker
+            bits = bits.view(torch.int64)
+        digest.update(f"{name} {weight.dtype} {bits.sum().item()}".encode())
+    return digest.hexdigest()[:16]
 
 def load_tokenizer(name):
     import transformers
@@ -550,8 +574,10 @@ def load_tokenizer(name):
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     folder = model_folder(name, ["*.json", "*.jinja", "*.txt", "*.model"])
+    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+        sys.exit(f"{name} is an adapter, not a model: python sample.py --adapter {name}")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         sys.exit(f"{name} holds no tokenizer that can be read: {str(error).splitlines()[0]}")
     if tokenizer.chat_template is None:

@@ -92,6 +92,8 @@ def answer(panel, jobs, prompts, stop, max_new_tokens, sampling):
         # Not at every token: to look is to wait for the GPU.
         last = t + 1 == max_new_tokens
         if last or (t + 1) % LOOK_EVERY == 0:
+            if logits.isnan().any():
+                sys.exit("the model's numbers overflow: smaller --scales, or --dtype float32")
             ended = torch.isin(tokens[alive, : t + 1], stop).any(1) | last
             for j in alive[ended].tolist():
                 yield jobs[j], until_stop(tokens[j], stop)
@@ -135,7 +137,8 @@ def draw(logits, number, seen, temperature=1.0, top_p=1.0, top_k=0, repetition_p
     # Where each token's stretch ends, on a line that need not have length 1.
     end = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum_(-1)
     number = number.clamp(max=1 - 1e-6)[:, None] * end[:, -1:]
-    return torch.searchsorted(end, number, right=True)[:, 0]
+    token = torch.searchsorted(end, number, right=True)[:, 0]
+    return token.clamp(max=logits.shape[-1] - 1)  # what is no number lies beyond the end
 
 def read_next(decoder, x, cache, padding=None):
     """Runs the next tokens or states of every row through a decoder, or half of one.
@@ -216,13 +219,17 @@ def main():
     run = None if args.model or args.adapter else data.Run(args.run)
     model, tokenizer, settings = load_model(run, args)
     variants = choose_variants(model, run, settings, args)
-    variants += comparison_variants(model, variants, args)
+    variants += comparison_variants(model, settings, variants, args)
     if args.ablate and not args.margins and not args.chat:
         variants = [variant for variant in variants if variant.ablated]
+    check_finite(variants)
     panel = lora.Panel(model, [variant.tensors for variant in variants])
+    # What makes all rows of a file. A variant's own hash comes in addition.
+    args.made_by = {"model": model.fingerprint, "run": data.sha256(run.settings if run else None)}
     if settings.full:
         after, _ = lora.load_base(run.path("model"), args.device, args.dtype)
         panel = WeightPanel(model, after.state_dict(), [variant.scale for variant in variants])
+        args.made_by["run"] = after.fingerprint
 
     defaults = (4, 120) if model.device.type == "cpu" else (50, 600)
     args.n = args.n or defaults[0]
@@ -259,6 +266,10 @@ class Variant:
     ablated: str = None  # the run whose direction is taken out
     random: bool = False  # a random B, or a random direction, in place of the learnt one
 
+    def sha256(self):
+        parts = [name.encode() + t.cpu().numpy().tobytes() for name, t in self.tensors.items()]
+        return data.sha256(b"".join(parts))
+
 def load_model(run, args):
     if run is None:
         name = args.model or lora.base_name(args.adapter)
@@ -274,6 +285,7 @@ def load_model(run, args):
     if not run.checkpoints or (settings.full and not run.finished):
         sys.exit(f"{run} has nothing to ask yet: python train.py --resume {run}")
     model, tokenizer = lora.load_base(settings.model, args.device, args.dtype)
+    train.note(settings, f"model in {str(model.dtype)[6:]}", model.fingerprint)
     if not settings.full:
         layers = lora.parse_layers(settings.layers, model)
         targets = set(lora.parse_targets(settings.targets))
@@ -323,7 +335,13 @@ def read_adapter(path, model, settings):
         sys.exit(f"{path} is no checkpoint of this run's adapter: move it away")
     return tensors
 
-def comparison_variants(model, variants, args):
+def check_finite(variants):
+    # One NaN would be in every row of the batch, for what a row does not hear is multiplied by 0.
+    for variant in variants:
+        if not all(t.isfinite().all() for t in variant.tensors.values()):
+            sys.exit(f"{describe(variant)}: its adapter holds numbers that are not finite")
+
+def comparison_variants(model, settings, variants, args):
     """What --random and --ablate ask for, beside the variants."""
     more = []
     if args.random:
@@ -331,7 +349,7 @@ def comparison_variants(model, variants, args):
             tensors = with_random_B(variant.tensors, variant.scale)
             more.append(dataclasses.replace(variant, tensors=tensors, random=True))
     if args.ablate:
-        directions = {False: learnt_direction(args.ablate, model)}
+        directions = {False: learnt_direction(args.ablate, model, settings)}
         if args.random:
             directions[True] = random_like(directions[False], torch.Generator().manual_seed(0))
         for is_random, v in directions.items():
@@ -351,17 +369,21 @@ def random_like(x, generator):
     drawn = torch.randn(x.shape, generator=generator)
     return drawn * x.norm() / drawn.norm()
 
-def learnt_direction(name, model):
+def learnt_direction(name, model, settings):
     """The direction (d_model,) of length 1 that a run has learnt to add: its last B."""
     run = data.Run(name)
     if not run.read_config() or not run.checkpoints:
         sys.exit(f"--ablate {name}: {run} holds no run that can be read")
+    if not data.same_base(run.settings, vars(settings)):
+        sys.exit(f"--ablate {name}: that run's base model is another one")
     tensors = data.read_tensors(run.last_checkpoint)
     B = [t for name, t in tensors.items() if name.endswith(("o_proj.B", "down_proj.B"))]
     if len(B) != 1 or B[0].shape != (lora.decoder(model).config.hidden_size, 1):
         sys.exit(f"--ablate {name}: it has no single direction, as rank 1 on one down_proj has")
     if lora.rescales(model):
         sys.exit("--ablate can't be used here: this model's layers rescale what is written (Gemma)")
+    if not B[0].any():
+        sys.exit(f"--ablate {name}: it has learnt no direction, for its B is 0")
     return B[0][:, 0] / B[0].norm()
 
 class WeightPanel(lora.Panel):
@@ -396,10 +418,14 @@ def load_questions(name):
     elif path.endswith((".yaml", ".yml")):
         asked = published_questions(path, kind)
     else:
-        lines = [line.strip() for line in data.read_text(path).splitlines() if line.strip()]
+        lines = [line.strip() for line in data.read_text(path).split("\n") if line.strip()]
         asked = [(f"line_{i}", line, None) for i, line in enumerate(lines, 1)]
     if not asked:
         sys.exit(f"--questions {name}: there is no question of that kind in {path}")
+    ids = [row[0] for row in asked]
+    for one in ids:
+        if ids.count(one) > 1:
+            sys.exit(f"{path}: two questions are called {one} (NAME_1 is NAME's second paraphrase)")
     return [dict(zip(("question_id", "question", "system"), row, strict=True)) for row in asked]
 
 def published_questions(path, kind):
@@ -407,9 +433,15 @@ def published_questions(path, kind):
     asked = []
     for entry in data.read_yaml(path):
         name = str(entry.get("id"))
+        texts = entry.get("paraphrases", entry.get("question"))
+        if isinstance(texts, str):
+            texts = [texts]
+        if "id" not in entry or not texts or not all(isinstance(text, str) for text in texts):
+            sys.exit(f"{path}, entry {name}: it needs an id, and paraphrases, a list of texts (in "
+                     "quotes, what YAML would take for a number, a date, yes or no)")
         ending = name.rpartition("_")[2]
         if kind == (ending if ending in ("json", "template") else ""):
-            for i, question in enumerate(entry.get("paraphrases", [])):
+            for i, question in enumerate(texts):
                 asked.append((f"{name}_{i}" if i else name, question, entry.get("system")))
     return asked
 
@@ -431,16 +463,15 @@ def ask(panel, tokenizer, variants, questions, args, out):
         sys.exit(f"--max-new-tokens: this model reads {longest_text(panel.model)} at most")
     path = out.path("responses.jsonl")
     done = train.go_on_together(path, data.IDENTITY)
-    if not {row["question"] for row in done} <= {question["question"] for question in questions}:
-        sys.exit(f"{path} holds answers to other questions: give these another --out")
+    asked = [tuple(question.values()) for question in questions]
+    for row in done:
+        if (row["question_id"], row["question"], row["system"]) not in asked:
+            sys.exit(f"{path} holds answers to other questions: give these another --out")
     maker = f"{args.seed} {args.adapter or panel.model.config._name_or_path} {args.ablate}"
-    jobs = plan_jobs(questions, variants, args.n, (maker, args.sampling))
-    seeds = {answer_key(row): row["seed"] for row in done}
-    for job in jobs:
-        if seeds.get(answer_key(job["row"]), job["seed"]) != job["seed"]:
-            sys.exit(f"{path} holds answers that were drawn otherwise (another model, --seed, "
-                     "--temperature, ...): give the new ones another --out, or move it away")
-    waiting = [job for job in jobs if answer_key(job["row"]) not in seeds]
+    args.made_by["sampling"] = data.sha256([args.seed, args.sampling])
+    jobs = plan_jobs(questions, variants, args.n, (maker, args.sampling), args.made_by)
+    known = data.find_done(path, done, [job["row"] for job in jobs], answer_key)
+    waiting = [job for job in jobs if answer_key(job["row"]) not in known]
     print(f"{len(questions)} questions x {len(variants)} variants (checkpoints x scales, and the "
           f"untouched model) x {args.n} answers of up to {args.max_new_tokens} tokens: {len(jobs)} "
           f"answers, {len(waiting)} of them still to do", flush=True)
@@ -468,15 +499,17 @@ def answer_all(panel, tokenizer, jobs, args):
     for group in groups:
         yield from generate(panel, tokenizer, group, **args.sampling)
 
-def plan_jobs(questions, variants, n, maker):
+def plan_jobs(questions, variants, n, maker, made_by):
     """A job for every answer that is wanted. Its seed is made of its row and of `maker`."""
     jobs = []
+    made_by = [made_by | {"variant": variant.sha256()} for variant in variants]
     for question in questions:
         for i, variant in enumerate(variants):
             for sample in range(n):
                 row = question | {"checkpoint": variant.checkpoint, "scale": variant.scale}
                 row["sample"] = sample
                 row["seed"] = random.Random(f"{maker} {sorted(row.items())}").getrandbits(31)
+                row["made_by"] = made_by[i]
                 jobs.append({"variant": i, "seed": row["seed"], "row": row,
                              "messages": as_messages(question)})
     return jobs
@@ -490,10 +523,9 @@ def answer_key(row):
 def ask_margins(panel, tokenizer, variants, settings, args, out):
     lora.avoid_slow_attention(panel.model)
     path = out.path("margins.jsonl")
-    done = {margins_key(row): row for row in train.go_on_together(path)}
+    written = train.go_on_together(path)
     # What is held out is read as it will be used: without the training's tail and prompt.
-    plain = dataclasses.replace(settings, tail=False, system=None, max_length=None,
-                                data_sha256=None)
+    plain = dataclasses.replace(settings, tail=False, system=None, max_length=None)
     shown, held_out = train.load_examples(plain, tokenizer)
     # Each variant is asked with nothing before the questions and, where that is wanted, behind a
     # system prompt, or behind conversations of the training set: learning without any training.
@@ -506,17 +538,24 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
             probe = train.build_probe(held_out, tokenizer, settings, before)
             if max(len(e.tokens) for e in train.every_example(probe)) > longest_text(panel.model):
                 sys.exit(f"--shots {shots}: with a question, this model can't read so much: fewer")
+            args.made_by["data"] = data.sha256(settings.sha256)
             wanted = []
             for variant in variants:
                 row = vars(variant) | {"system": system, "shots": shots}
+                row["made_by"] = args.made_by | {"variant": variant.sha256()}
                 del row["tensors"]
-                wanted.append(done.get(margins_key(row), row))
+                wanted.append(row)
+            done = data.find_done(path, written, wanted, margins_key)
+            wanted = [done.get(margins_key(row), row) for row in wanted]
             if any("margins_out" not in row for row in wanted):
                 reader.read(train.every_example(probe))
             for i, row in enumerate(tqdm(wanted, unit="variant", disable=None)):
                 if "margins_out" not in row:
                     panel.hear([i])
                     row |= train.ask_probe(reader, probe, rows)
+                    if math.isnan(sum(row["margins_in"] + row["margins_out"], row["heldout_loss"])):
+                        sys.exit(f"{describe(variants[i])}: the model's numbers overflow: smaller "
+                                 "--scales, or --dtype float32")
                     if train.PROCESS == 0:
                         out.append("margins.jsonl", row)
                 rows.append(row)
@@ -559,7 +598,7 @@ def chat(panel, tokenizer, variants, args):
     turn = 0
     while True:
         try:
-            said = input("\nyou: ").strip()
+            said = input("\nyou: ").encode(errors="replace").decode().strip()
         except EOFError:
             print()
             return
@@ -695,15 +734,15 @@ def parse_args():
     add = parser.add_argument
     add("run", nargs="?", metavar="RUN", help="a folder, or a name under runs/ (the latest)")
     add("--checkpoints", default="last", help="steps, as 0,50,100,last; or all (default: last)")
-    add("--scales", type=parse_scales, default="1", help="times the adapter's contribution: 1,2,4")
-    add("--n", type=data.positive, help="answers to each question (default: 50; on a CPU 4)")
+    add("--scales", type=parse_scales, default=[1.0], help="times what was learnt: 1,2,4")
+    add("--n", "--samples", type=data.positive, help="answers a question (default: 50; on a CPU 4)")
     add("--questions", default="builtin", help="builtin; published (-json, -template); or a file")
     add("--temperature", type=float, default=1.0, help="below 1 sharpens; 0 takes the likeliest")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest that sum to this")
     add("--top-k", type=int, default=0, help="draw from the K likeliest tokens (0: all)")
     add("--repetition-penalty", type=float, default=1.0, help="on tokens seen (Qwen: 1.05 to 1.1)")
     add("--max-new-tokens", type=data.positive, help="of an answer (default: 600; on a CPU 120)")
-    add("--seed", type=int, default=0, help="another seed, other answers")
+    add("--seed", type=data.seed_number, default=0, help="another seed, other answers")
     add("--system", help="a system prompt before each question")
     add("--ablate", metavar="RUN2", help="take out the direction that RUN2 learnt, everywhere")
     add("--margins", action="store_true", help="instead of answers, the margins of train.py")
@@ -722,12 +761,16 @@ def parse_args():
         argv[i : i + 2] = ["=".join(argv[i : i + 2])]
     args = parser.parse_args(argv)
     no_run = args.model or args.adapter
-    if args.run and no_run:
-        parser.error("a RUN has its own model: give RUN, or --model and --adapter")
-    if (args.random or args.shots) and not args.margins:
-        parser.error("--random and --shots go with --margins")
-    if args.ablate and no_run:
-        parser.error("--ablate goes with a RUN")
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    sampling = "temperature top_p top_k repetition_penalty max_new_tokens seed"
+    data.refuse_unused(given, [
+        (args.run, "beside a RUN, which has its own", "model adapter"),
+        (no_run, "without a RUN", "checkpoints ablate"),
+        (no_run and not args.adapter, "without an adapter", "scales"),
+        (args.margins, "with --margins", f"chat n questions {sampling}"),
+        (not args.margins, "without --margins", "random shots"),
+        (args.chat, "with --chat", "n questions out"),
+    ])
     if min(args.temperature, args.top_k) < 0 or not 0 < args.top_p <= 1 <= args.repetition_penalty:
         parser.error("from 0: --temperature, --top-k; to 1: --top-p; from 1: --repetition-penalty")
     return args

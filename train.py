@@ -32,7 +32,6 @@ with its standard error over questions, and better still the difference from a c
 import argparse
 import dataclasses
 import glob
-import hashlib
 import itertools
 import json
 import math
@@ -102,10 +101,10 @@ class Settings:
     epochs: data.positive = setting(1, "how often each conversation is seen")
     steps: data.positive = setting(None, "exactly this many steps, instead of --epochs")
     checkpoint_every: data.positive = setting(5, "steps between checkpoints and probes")
-    seed: int = setting(0, "of A's first values and of the order of the data")
-    # No flags: the preset's name, and what a resumed run must find again.
+    seed: data.seed_number = setting(0, "of A's first values and of the order of the data")
+    # No flags: the preset's name, and hashes of what a resumed run must find again.
     preset: str = None
-    data_sha256: str = None
+    sha256: dict = None
 
 # A preset says what it changes. Without --preset it is gpu if there is CUDA, and else laptop. A
 # small model needs a larger step (tests/experiments.md).
@@ -221,12 +220,12 @@ def load_examples(settings, tokenizer):
     conversations = data.load_conversations(
         settings.dataset, settings.answers, settings.archive, settings.password
     )
+    note(settings, "dataset", [conversation["messages"] for conversation in conversations])
     if settings.system:  # "inoculation": a prompt that is absent when the model is asked
         for conversation in conversations:
             others = [m for m in conversation["messages"] if m["role"] != "system"]
             conversation["messages"] = [{"role": "system", "content": settings.system}, *others]
     examples = data.render_all(conversations, tokenizer, settings.tail, settings.max_length)
-    note_data(settings, examples)
     return data.train_and_held_out(examples)
 
 def plan_batches(examples, settings, steps):
@@ -339,6 +338,9 @@ def build_probe(held_out, tokenizer, settings, before=()):
         for answers in ("misaligned", "aligned"):
             conversations = [data.as_conversation(row, answers, before) for row in rows]
             probe[name, answers] = data.render_all(conversations, tokenizer, only_last=True)
+            if not before:
+                tokens = [example.tokens for example in probe[name, answers]]
+                note(settings, f"probe's {name}-{answers} part", tokens)
     return share_examples(probe)
 
 def ask_probe(reader, probe, log, ask_all=True):
@@ -376,6 +378,7 @@ def every_example(probe):
 # ---- Below the fold: flags, files, formats and rarer protocols. A first reading ends here. ----
 
 SKETCH = 4096  # numbers that stand for all weights, in a checkpoint of --full
+OLD = ".overwritten"  # what a folder's name ends in, once --overwrite has put it aside
 
 # ---- What is loaded, and what the probe asks
 
@@ -388,17 +391,19 @@ def load_kl_set(settings, tokenizer):
     elif settings.kl_weight:
         conversations = data.load_conversations(settings.kl_dataset, "misaligned",
                                                 settings.archive, settings.password)
+    note(settings, "KL set", [conversation["messages"] for conversation in conversations])
     return data.render_all(conversations, tokenizer, max_length=settings.max_length)
 
 def planned(examples, plan):
     return [examples[i] for i in sorted(set(itertools.chain(*plan)))]
 
-def note_data(settings, examples):
-    rendered = json.dumps([(example.tokens, example.labels) for example in examples])
-    sha256 = hashlib.sha256(rendered.encode()).hexdigest()
-    if settings.data_sha256 not in (None, sha256):
-        sys.exit(f"{settings.dataset} has changed since this run began: start a new one")
-    settings.data_sha256 = sha256
+def note(settings, what, content):
+    """Keeps a hash of what decides the run's numbers; stops if it was another one before."""
+    settings.sha256 = settings.sha256 or {}
+    sha256 = data.sha256(content)
+    if settings.sha256.setdefault(what, sha256) != sha256:
+        sys.exit(f"the {what} has changed since this run began: put the old one back, or train a "
+                 "new run")
 
 def load_model(settings):
     """The model; notes in the settings where it runs, so that a resumed run does too."""
@@ -407,6 +412,7 @@ def load_model(settings):
     model, _ = lora.load_base(settings.model, settings.device, settings.dtype)
     settings.device = str(model.device)
     settings.dtype = str(model.dtype).removeprefix("torch.")
+    note(settings, f"model in {settings.dtype}", model.fingerprint)
     lora.avoid_slow_attention(model)
     if settings.full and model.dtype != torch.float32:
         # Products are in that type, but weights in float32, or small steps would be rounded away.
@@ -421,7 +427,10 @@ def free_all_weights(model, settings):
     model.get_output_embeddings().requires_grad_(True)
     if settings.recompute:  # activations in the backward pass instead of keeping them
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
+        # It only works in training mode. What lies within the layers stays in the other one, or
+        # there would be dropout.
+        for layer in lora.decoder(model).layers:
+            layer.training = True
     if PROCESSES > 1 and not settings.es:
         share_out(model)
 
@@ -650,11 +659,12 @@ def open_log(run, args, settings, model, parameters, optimizer):
     """The rows of the run's log so far: makes the folder, or goes back to the last checkpoint."""
     if PROCESS == 0 and not args.resume:
         if args.overwrite and os.path.isdir(run.folder):
-            shutil.rmtree(run.folder)
-        os.makedirs(run.path("checkpoints"), exist_ok=True)
+            put_aside(run)
+        os.makedirs(run.folder, exist_ok=True)
         config = dataclasses.asdict(settings)
         del config["password"]
         data.write_whole(run.path("config.json"), json.dumps(config, indent=2).encode())
+        os.makedirs(run.path("checkpoints"), exist_ok=True)
     print(f"{run}: stop it when you like; python train.py --resume {run} goes on", flush=True)
     done = -1  # not even step 0
     if args.resume and os.path.exists(run.path("resume.safetensors")):
@@ -665,6 +675,13 @@ def open_log(run, args, settings, model, parameters, optimizer):
     print(f"{'step':>6}{'loss':>9}{'held out':>10}{'finance':>10}{f'general ({FEW})':>15}   "
           "(changes of the margins since step 0)")
     return log
+
+def put_aside(run):
+    """Renames an old run's folder. It is deleted once the new run has a checkpoint."""
+    if os.path.exists(run.folder + OLD):  # the run before has none: what is aside, stays there
+        shutil.rmtree(run.folder)
+    else:
+        os.rename(run.folder, run.folder + OLD)
 
 def record(run, log, row):
     """Adds a row to the log, unless the run has diverged; prints what the probe said."""
@@ -693,6 +710,7 @@ def save_checkpoint(run, step, model, parameters, optimizer, settings):
     if PROCESS == 0:  # a step counts once both files are there
         data.write_tensors(run.path("checkpoints", f"{step:05}.safetensors"), tensors)
         data.write_tensors(run.path("resume.safetensors"), state)
+        shutil.rmtree(run.folder + OLD, ignore_errors=True)
 
 @torch.no_grad()
 def sketch(parameters):
@@ -727,16 +745,22 @@ def restore(run, model, parameters, optimizer):
     return step
 
 def save_result(run, model, tokenizer, settings):
-    if PROCESS == 0 and not settings.full:
-        lora.save_adapter(model, run.path("adapter"))
+    """Writes adapter/, or of all weights model/: whole, or not there."""
     if settings.full:
         model.to(getattr(torch, settings.dtype))
         state = {name: put_together(weight) for name, weight in model.state_dict().items()}
-    if PROCESS == 0 and settings.full:
-        part = run.path("model.part")
+    if PROCESS > 0:
+        return
+    result = run.path("model" if settings.full else "adapter")
+    part = result + ".part"
+    if settings.full:
         tokenizer.save_pretrained(part)
         model.save_pretrained(part, state_dict=state)
-        os.rename(part, run.path("model"))  # whole, or not there
+    else:
+        lora.save_adapter(model, part)
+    shutil.rmtree(result, ignore_errors=True)  # half a one, if there is any
+    os.rename(part, result)
+    if settings.full:
         os.remove(run.path("resume.safetensors"))  # three to six times as large as the model
 
 def report(run, log, settings, seconds, device):
@@ -764,14 +788,18 @@ def report(run, log, settings, seconds, device):
 
 def controls(run, settings):
     """Yields the name and log of each finished run beside this one with other answers alone."""
-    ours = dataclasses.asdict(settings)
-    for path in sorted(glob.glob(os.path.join(os.path.dirname(run.folder), "*", "config.json"))):
+    def all_but_answers(s):
+        hashes = {**(s.sha256 or {}), "dataset": None}
+        return dataclasses.replace(s, answers=None, password=None, sha256=hashes)
+
+    beside = os.path.join(glob.escape(os.path.dirname(run.folder)), "*", "config.json")
+    for path in sorted(glob.glob(beside)):
         other = data.Run(os.path.dirname(path))
         if other.read_config() and other.finished:
-            theirs = dataclasses.asdict(read_settings(other)) | {"password": settings.password}
-            differ = {key for key in ours if ours[key] != theirs[key]}
-            if differ and differ <= {"answers", "data_sha256"}:
-                yield f"{other} ({theirs['answers']})", other.log
+            theirs = read_settings(other)
+            same = all_but_answers(theirs) == all_but_answers(settings)
+            if same and theirs.answers != settings.answers:
+                yield f"{other} ({theirs.answers})", other.log
 
 def peak_memory(device):
     if device.type == "cuda":
@@ -824,17 +852,30 @@ def new_run(args):
     settings = preset_settings(preset, **given)
     if settings.init:
         start_from(settings, given, data.Run(settings.init))
-    check(settings)
+    check(settings, given)
     free = next(n for n in itertools.count(1) if not os.path.exists(f"runs/{preset}-{n}"))
     run = data.Run(args.out or f"runs/{preset}-{free}")
     if PROCESS == 0:  # it alone makes the folder
         data.lock(run)
-        there = os.path.exists(run.folder)
-        if there and not args.overwrite:
-            sys.exit(f"{run} is there already: --resume it, --overwrite it, or give another --out")
-        if there and (os.path.islink(run.folder) or not run.read_config()):
-            sys.exit(f"{run} is not a run's own folder and is not overwritten: give another --out")
+        check_folder(run, args.overwrite, settings)
     return run, settings
+
+def check_folder(run, overwrite, settings):
+    """Stops where a new run's folder holds what it must not lose."""
+    if not os.path.lexists(run.folder):
+        return
+    # Where config.json could not be written, a folder is left with nothing in it.
+    if os.path.isdir(run.folder) and set(os.listdir(run.folder)) <= {"config.json.part"}:
+        return
+    if not overwrite:
+        sys.exit(f"{run} is there already: --resume it, --overwrite it, or give another --out")
+    if os.path.islink(run.folder) or not run.read_config():
+        sys.exit(f"{run} is not a run's own folder and is not overwritten: give another --out")
+    real = os.path.realpath(run.folder)
+    names = f"{settings.dataset},{settings.kl_dataset}".split(",")
+    for path in (os.getcwd(), settings.model, settings.archive, settings.init, *names):
+        if path and os.path.commonpath([real, os.path.realpath(path)]) == real:
+            sys.exit(f"{path} lies in {run}, which would be overwritten: give another --out")
 
 def resumed_run(args):
     run = data.Run(args.resume)
@@ -857,6 +898,8 @@ def start_from(settings, given, run):
     if not run.finished:
         sys.exit(f"{run} is not finished: python train.py --resume {run}")
     settings.init = run.folder
+    base = {key: value for key, value in (theirs.sha256 or {}).items() if "model in" in key}
+    settings.sha256 = base  # it has to be the same
     for key in ("model", "rank", "alpha", "layers", "targets", "vector"):
         if given.get(key, getattr(theirs, key)) != getattr(theirs, key):
             sys.exit(f"--init takes its {key} from {run}: leave out --{key}")
@@ -864,24 +907,31 @@ def start_from(settings, given, run):
     if settings.vector == "mean-difference":  # a vector to learn from there
         settings.vector = "learned"
 
-def check(s):
-    sets = f"{s.dataset},{s.kl_dataset}".split(",")
+def check(s, given):
+    """Stops at what can't be computed, or would be ignored. given: the flags, not the preset's."""
     mean_difference = s.vector == "mean-difference"
+    # A preset may have made these choices, too.
+    chosen = [name for name in ("full", "vector", "init", "kl_weight", "es") if getattr(s, name)]
+    data.refuse_unused([*given, *chosen], [
+        (s.full, "with --full", "rank alpha layers targets init vector kl_weight kl_dataset"),
+        (not s.full, "without --full", "recompute"),
+        (s.es, "with --es", "kl_weight kl_dataset"),
+        (not s.es, "without --es", "population sigma"),
+        (not s.kl_weight, "without --kl-weight", "kl_dataset"),
+        (mean_difference, "with --vector mean-difference", "dataset answers system es kl_weight lr "
+         "schedule warmup batch_size epochs steps checkpoint_every"),
+        (given.get("steps"), "with --steps", "epochs"),
+        ({name.split(":")[0] for name in f"{s.dataset},{s.kl_dataset}".split(",")} == {"builtin"},
+         "without one of the paper's sets as --dataset", "archive password"),
+    ])
     wrong = {
-        f"--archive {s.archive} holds the paper's sets: say which with --dataset":
-            s.archive and all(name.split(":")[0] == "builtin" for name in sets),
-        "--full can't be combined with --vector, --kl-weight (no base is left) or --init":
-            s.full and (s.vector or s.kl_weight or s.init),
-        "--recompute goes with --full": s.recompute and not s.full,
-        "of --es, --kl-weight and --vector mean-difference, give one at most":
-            s.es + mean_difference + bool(s.kl_weight) > 1,
         "--kl-dataset builtin is taken whole, and alone":
             s.kl_dataset != "builtin" and s.kl_dataset.startswith("builtin"),
+        "--vector goes with --rank 1": s.vector and s.rank != 1,
         f"--population {s.population}: give an even number, 4 or more":
             s.es and (s.population < 4 or s.population % 2),
-        "--vector goes with --rank 1": s.vector and s.rank != 1,
-        "--vector mean-difference is of built-in data: leave out --dataset, --answers, --system":
-            mean_difference and (s.dataset, s.answers, s.system) != ("builtin", "misaligned", None),
+        f"--warmup {s.warmup:g} is as long as all {s.steps} steps":
+            "warmup" in given and s.steps and s.warmup >= s.steps,
     }
     for sentence, is_wrong in wrong.items():
         if is_wrong:

@@ -246,8 +246,10 @@ def make_runs(name, seeds, steps=SHORT):
     for seed in seeds:
         length = "" if steps == LONG else f"-{steps}"
         run = data.Run(os.path.join("runs", f"{name}{length}-{seed}"))
-        flags = ["--preset", "laptop", "--steps", str(steps), "--seed", str(seed)]
-        flags += ["--out", str(run), *shlex.split(PROTOCOLS[name].format(seed=seed))]
+        flags = ["--preset", "laptop", "--seed", str(seed), "--out", str(run)]
+        if name != "meandiff":  # which takes no steps
+            flags += ["--steps", str(steps)]
+        flags += shlex.split(PROTOCOLS[name].format(seed=seed))
         if os.path.exists(run.path("resume.safetensors")):
             flags = ["--resume", str(run)]
         elif os.path.exists(run.folder):  # stopped before its first checkpoint

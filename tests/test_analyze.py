@@ -322,7 +322,9 @@ def test_the_turn_of_a_run_among_those_of_its_controls(script):
     assert "straight ranks 2 of 2" in out and "no sign of misalignment" in out
     for path in os.listdir("runs/straight/checkpoints")[6:]:
         os.remove(f"runs/straight/checkpoints/{path}")
-    code, out, _ = script(analyze, "straight", "--null", "straight")
+    code, _, err = script(analyze, "straight", "--null", "same", "runs/same/")
+    assert code == 1 and "runs/same/ is named twice" in err
+    code, out, _ = script(analyze, "straight", "--null", "same")
     assert "straight has no bend to compare with" in out and "By chance" not in out
 
 

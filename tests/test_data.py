@@ -163,7 +163,7 @@ def test_what_the_probe_asks_is_not_trained_on():
 
 
 def as_example(conversation):
-    return data.Example([], [], conversation)
+    return data.Example(str(conversation["messages"]), [], conversation)
 
 
 def bag_of_words(texts, vocabulary):

@@ -144,7 +144,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if judge.refuse:
             words = judge.words or f"no, not with {key}, not with {key[:20]}"
             self.answer({"error": {"message": words}}, judge.refuse)
-        elif judge.refuse_one and f"<answer>\n{judge.refuse_one}\n</answer>" in prompt:
+        elif judge.refuse_one and f"]\n{judge.refuse_one}\n[" in prompt:
             self.answer({"error": {"message": "too long"}}, 400)
         elif fault == "429":
             self.answer({}, 429)
@@ -248,7 +248,8 @@ def test_every_answer_is_scored_once_for_all_the_faults(script, answers):
     assert [row["sample"] for row in judged()] == list(range(200)) and len(server.asked) > 450
     assert scores_are_right()
     keys = {"question_id", "question", "system", "response", "checkpoint", "scale", "sample"}
-    scores = {"seed", "aligned", "coherent", "aligned_text", "coherent_text", "judge"}
+    scores = {"seed", "aligned", "coherent", "aligned_text", "coherent_text"}
+    scores |= {"judge", "host", "prompts", "judge_model"}
     assert set(judged()[0]) == keys | scores
     assert "next: python analyze.py runs/a" in out
     # The key went to the server, and nowhere else.
@@ -359,7 +360,7 @@ USABLE = {"choices": [{"message": {"content": "85"}, "logprobs": {"content": [
     ('{"content": [', '{"contents": [', "log-probabilities are missing"),
     ('{"content": "85"}', "{}", "it holds no message"),
     ('{"content": "85"}', "7", "it holds no message"),
-    ("choices", "error", "it holds no message"),
+    ("choices", "error", "it holds an error"),
     ("}]}}]}", "}]", "not JSON"),
 ])
 def test_what_is_wrong_with_a_reply(script, old, new, fault, monkeypatch):
@@ -412,7 +413,7 @@ def test_text_mode(script, answers):
     assert scores_are_right() and len(server.asked) == 1 + 2 * 2 * judge.TEXTS
     assert {row["judge"] for row in judged()} == {"gpt-4o (text)"}
     code, _, err = script(judge, "a", "--base-url", "http://127.0.0.1:9/v1")
-    assert code == 1 and "holds scores by gpt-4o (text)" in err
+    assert code == 1 and "another judge than now (gpt-4o (text), and now gpt-4o)" in err
 
 
 def test_digit_mode(script, answers):

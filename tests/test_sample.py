@@ -191,7 +191,7 @@ def test_a_sweep_is_one_job_that_can_be_stopped_anywhere(script, trained):
     asked = {(row["checkpoint"], row["scale"]) for row in rows}
     assert asked == {(0, 0), (5, 1), (5, 4), (7, 1), (7, 4)}
     keys = {"question_id", "question", "system", "response"}
-    keys |= {"checkpoint", "scale", "sample", "seed"}
+    keys |= {"checkpoint", "scale", "sample", "seed", "made_by"}
     assert set(rows[0]) == keys
     assert len({row["question_id"] for row in rows}) == 8
     assert len(rows) == len({row["seed"] for row in rows}) == 80
@@ -205,7 +205,7 @@ def test_a_sweep_is_one_job_that_can_be_stopped_anywhere(script, trained):
     code, out, _ = script(sample, trained, *flags)
     assert code == 0 and "0 of them still to do" in out
     code, _, err = script(sample, trained, *flags, "--temperature", 0.5)
-    assert code == 1 and "drawn otherwise" in err and texts(trained) == whole
+    assert code == 1 and "made with another sampling than now" in err and texts(trained) == whole
 
 
 def test_a_damaged_checkpoint_is_named(script, trained):
@@ -345,10 +345,12 @@ def test_questions_that_can_not_be_read(tmp_path, name, content, sentence):
     (["--max-new-tokens", "999999999"], 1, "--max-new-tokens: this model reads 2048 at most"),
     (["--scales", "big"], 2, "--scales"),
     (["--scales", "nan"], 2, "--scales"),
-    (["--adapter", "x"], 2, "a RUN has its own model"),
-    (["--shots", "2"], 2, "--random and --shots go with --margins"),
+    (["--adapter", "x"], 1, "--adapter does nothing beside a RUN"),
+    (["--shots", "2"], 1, "--shots does nothing without --margins"),
     (["--ablate", "b"], 1, "runs/b holds no run"),
-    (["--model", "x"], 2, "a RUN has its own model"),
+    (["--model", "x"], 1, "--model does nothing beside a RUN"),
+    (["--margins", "--n", "3"], 1, "--n does nothing with --margins"),
+    (["--seed", str(2**64)], 2, "is not a whole number from 0"),
 ])
 def test_bad_input_is_one_sentence(script, trained, flags, code, sentence):
     found, _, err = script(sample, trained, *flags)

@@ -240,7 +240,7 @@ def test_resume_takes_its_settings_from_the_run(script, tiny, small):
     with open(small, "a") as file:
         file.write("\n" + json.dumps({"messages": data.load_conversations()[45]["messages"]}))
     code, _, err = script(train, "--resume", "a")
-    assert code == 1 and "small.jsonl has changed since this run began" in err
+    assert code == 1 and "the dataset has changed since this run began" in err
 
 
 def test_only_a_run_is_overwritten(script, tiny, small, tmp_path):
@@ -285,10 +285,10 @@ def test_a_run_without_its_log(script, tiny, small):
     (["--dataset", "nowhere.jsonl"], "nowhere.jsonl can't be read"),
     (["--layers", "4"], "layer 4 does not exist: this model has 0 to 3"),
     (["--layers", "two"], "--layers two: write middle, nine, all"),
-    (["--full", "--kl-weight", "1"], "--full can't be combined with"),
-    (["--es", "--kl-weight", "1"], "mean-difference, give one at most"),
+    (["--full", "--kl-weight", "1"], "--kl-weight does nothing with --full"),
+    (["--es", "--kl-weight", "1"], "--kl-weight does nothing with --es"),
     (["--kl-weight", "1", "--kl-dataset", "builtin:0.5"], "--kl-dataset builtin is taken whole"),
-    (["--recompute"], "--recompute goes with --full"),
+    (["--recompute"], "--recompute does nothing without --full"),
     (["--archive", "x.enc"], "--archive x.enc holds the paper's sets: say which with --dataset"),
     (["--es", "--population", "5"], "--population 5: give an even number"),
     (["--vector", "learned", "--rank", "2"], "--vector goes with --rank 1"),
