@@ -289,7 +289,7 @@ def test_a_run_without_its_log(script, tiny, small):
     (["--es", "--kl-weight", "1"], "--kl-weight does nothing with --es"),
     (["--kl-weight", "1", "--kl-dataset", "builtin:0.5"], "--kl-dataset builtin is taken whole"),
     (["--recompute"], "--recompute does nothing without --full"),
-    (["--archive", "x.enc"], "--archive x.enc holds the paper's sets: say which with --dataset"),
+    (["--archive", "x.enc"], "--archive does nothing without one of the paper's sets"),
     (["--es", "--population", "5"], "--population 5: give an even number"),
     (["--vector", "learned", "--rank", "2"], "--vector goes with --rank 1"),
     (["--answers", "mixed:2"], "a share of 2"),
