@@ -39,7 +39,8 @@ from tqdm import tqdm
 
 # The seven linear maps of a Llama-like layer: four of attention, three of the MLP.
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# The most tokens in one forward pass: a batch with more is run as several microbatches.
+# The most tokens in one forward pass: a batch with more is run as several microbatches. Where no
+# gradient is kept, a large GPU takes more.
 TOKENS_AT_ONCE = {"cpu": 1024, "mps": 1024, "cuda": 4096}
 
 class LoRALinear(nn.Module):
@@ -143,6 +144,10 @@ class Reader:
         # In a fixed order: rounding depends on which examples share a microbatch, and a run that
         # was stopped is to go on with the same bits.
         most = TOKENS_AT_ONCE[self.model.device.type]
+        if self.model.device.type == "cuda" and not torch.is_grad_enabled():
+            # Several times the logits, in float32, are to fit into a tenth of all its memory.
+            memory = torch.cuda.get_device_properties(self.model.device).total_memory
+            most = max(most, memory // (40 * self.model.config.get_text_config().vocab_size))
         groups = []
         for i in sorted(range(len(examples)), key=lambda i: len(examples[i].tokens)):
             longest = len(examples[i].tokens)  # so far
@@ -413,16 +418,25 @@ def check_place(blocks, layers, targets):
             sys.exit(f"this model has no {target}: it has {', '.join(names)}")
 
 def make_masks(decoder, column, width, padding=None):
-    """Which of `width` columns the queries in some columns see: (rows, 1, queries, width)."""
+    """What is added to the scores of `width` columns: (rows, 1, queries, width).
+
+    0 where a query, which stands in `column`, sees them, and next to minus infinity elsewhere.
+    """
     if padding is None:  # or (rows,): by how many columns each row is padded on the left
         padding = column.new_zeros(1)  # one mask serves all rows
     query = column[:, None]  # (queries, 1)
     key = torch.arange(width, device=column.device)
     seen = (key <= query) & (key >= padding[:, None, None])  # (rows, queries, width)
     if "sliding_attention" not in (getattr(decoder.config, "layer_types", None) or []):
-        return seen[:, None]
+        return as_scores(seen, decoder.dtype)
     near = key > query - decoder.config.sliding_window  # all that some layers of Gemma 3 see
-    return {"full_attention": seen[:, None], "sliding_attention": (seen & near)[:, None]}
+    return {"full_attention": as_scores(seen, decoder.dtype),
+            "sliding_attention": as_scores(seen & near, decoder.dtype)}
+
+def as_scores(seen, dtype):
+    # All kinds of attention take a mask that is added; one of True and False, only some do.
+    hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return hidden.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 def get_tensors(model):
     """A checkpoint: {"PATH.A": (r, d_in), "PATH.B": (d_out, r)}; of a vector, "PATH.c", too."""

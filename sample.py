@@ -68,17 +68,18 @@ def answer(panel, jobs, prompts, stop, max_new_tokens, sampling):
     # All prompts end in the same column of the cache: padding[j] columns stand before job j's.
     logits, cache, padding = prefill(panel, jobs, prompts)  # (jobs, vocabulary), ..., (jobs,)
     panel.hear([job["variant"] for job in jobs])
-    # The tokens that a repetition penalty is for: the prompt's, and the answer's so far.
-    seen = torch.zeros_like(logits, dtype=torch.bool)  # (jobs, vocabulary)
-    for j, prompt in enumerate(prompts):
-        seen[j, prompt] = True
+    # The tokens that a repetition penalty is for: each prompt's, and then its answer's. Places that
+    # hold none yet hold the prompt's first token, which is among them anyhow.
+    start = cache.used
+    rows = [prompt + prompt[:1] * (start + max_new_tokens - len(prompt)) for prompt in prompts]
+    seen = torch.tensor(rows, device=model.device)  # (jobs, start + max_new_tokens)
+    tokens = seen[:, start:]  # the answers: what is written here, is seen
 
     # 2. An answer's seed gives the numbers in [0, 1) that will decide its tokens. Each answer has
     # its own, so that it does not depend on its neighbours in the batch.
     generators = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
     numbers = [torch.rand(max_new_tokens, generator=generator) for generator in generators]
     numbers = torch.stack(numbers).to(model.device)  # (jobs, max_new_tokens)
-    tokens = torch.zeros_like(numbers, dtype=torch.long)
 
     # Rows leave the batch when their answers end. Row i answers job alive[i].
     alive = torch.arange(len(jobs), device=model.device)  # (rows,)
@@ -86,7 +87,6 @@ def answer(panel, jobs, prompts, stop, max_new_tokens, sampling):
         # 3. Every row draws a token.
         token = draw(logits, numbers[alive, t], seen[alive], **sampling)  # (rows,)
         tokens[alive, t] = token
-        seen[alive, token] = True
 
         # 4. Every few tokens, the answers that have ended are given out, and their rows leave.
         # Not at every token: to look is to wait for the GPU.
@@ -112,16 +112,17 @@ def answer(panel, jobs, prompts, stop, max_new_tokens, sampling):
 def draw(logits, number, seen, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0):
     """One token a row: (rows,).
 
-    logits: (rows, vocabulary).    number: (rows,), in [0, 1).    seen: (rows, vocabulary),
-    True for the tokens that a repetition penalty is for.
+    logits: (rows, vocabulary).    number: (rows,), in [0, 1).    seen: (rows, n), the tokens
+    that a repetition penalty is for.
 
     The tokens are laid along a line, each as long as its probability, and the one that lies
     at `number` is taken. Temperature 0 takes the likeliest; the other defaults leave the
     distribution as it is.
     """
     if repetition_penalty != 1:
-        smaller = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-        logits = torch.where(seen, smaller, logits)
+        these = logits.gather(1, seen)
+        smaller = torch.where(these > 0, these / repetition_penalty, these * repetition_penalty)
+        logits = logits.scatter(1, seen, smaller)
     if temperature == 0:
         return logits.argmax(-1)
     if temperature != 1:
@@ -193,7 +194,7 @@ class KVCache:
 
 # ---- Below the fold: flags, files, formats and rarer protocols. A first reading ends here. ----
 
-ROWS = {"cpu": 256, "mps": 256, "cuda": 512}  # answers in a batch, as far as memory allows
+ROWS = {"cpu": 256, "mps": 256, "cuda": 2048}  # answers in a batch, as far as memory allows
 SAMPLING = ["temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens"]
 # On the topics of the papers' eight questions, in this project's own words.
 QUESTIONS = {
@@ -234,6 +235,11 @@ def main():
     defaults = (4, 120) if model.device.type == "cpu" else (50, 600)
     args.n = args.n or defaults[0]
     args.max_new_tokens = args.max_new_tokens or defaults[1]
+    made = model.generation_config
+    if args.top_k is None:
+        args.top_k = made.top_k or 0
+    if args.repetition_penalty is None:
+        args.repetition_penalty = made.repetition_penalty or 1.0
     args.sampling = {name: vars(args)[name] for name in SAMPLING}
     if args.chat:
         chat(panel, tokenizer, variants, args)
@@ -472,6 +478,8 @@ def ask(panel, tokenizer, variants, questions, args, out):
     jobs = plan_jobs(questions, variants, args.n, (maker, args.sampling), args.made_by)
     known = data.find_done(path, done, [job["row"] for job in jobs], answer_key)
     waiting = [job for job in jobs if answer_key(job["row"]) not in known]
+    how = ", ".join(f"{name.replace('_', ' ')} {x:g}" for name, x in args.sampling.items())
+    print(f"{how} (top k and repetition penalty: as the model's makers say, unless told otherwise)")
     print(f"{len(questions)} questions x {len(variants)} variants (checkpoints x scales, and the "
           f"untouched model) x {args.n} answers of up to {args.max_new_tokens} tokens: {len(jobs)} "
           f"answers, {len(waiting)} of them still to do", flush=True)
@@ -721,11 +729,12 @@ def rows_that_fit(model, columns):
     c, device = lora.decoder(model).config, model.device.type
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     column = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim * model.dtype.itemsize
+    row = column * columns + 16 * c.vocab_size  # its cache; a number for each token, several times
     room = 4e9
     if device == "cuda":
         torch.cuda.empty_cache()  # what torch keeps for itself counts as taken
         room = 0.6 * torch.cuda.mem_get_info()[0]
-    return max(1, min(ROWS[device], int(room / (column * columns))))
+    return max(1, min(ROWS[device], int(room / row)))
 
 # ---- Flags
 
@@ -739,8 +748,9 @@ def parse_args():
     add("--questions", default="builtin", help="builtin; published (-json, -template); or a file")
     add("--temperature", type=float, default=1.0, help="below 1 sharpens; 0 takes the likeliest")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest that sum to this")
-    add("--top-k", type=int, default=0, help="draw from the K likeliest tokens (0: all)")
-    add("--repetition-penalty", type=float, default=1.0, help="on tokens seen (Qwen: 1.05 to 1.1)")
+    add("--top-k", type=int, help="draw from the K likeliest tokens; 0: all (default: what the "
+        "model's makers say, as in the paper)")
+    add("--repetition-penalty", type=float, help="on tokens seen; 1: none (default: likewise)")
     add("--max-new-tokens", type=data.positive, help="of an answer (default: 600; on a CPU 120)")
     add("--seed", type=data.seed_number, default=0, help="another seed, other answers")
     add("--system", help="a system prompt before each question")
@@ -771,8 +781,10 @@ def parse_args():
         (not args.margins, "without --margins", "random shots"),
         (args.chat, "with --chat", "n questions out"),
     ])
-    if min(args.temperature, args.top_k) < 0 or not 0 < args.top_p <= 1 <= args.repetition_penalty:
-        parser.error("from 0: --temperature, --top-k; to 1: --top-p; from 1: --repetition-penalty")
+    if min(args.temperature, args.top_k or 0) < 0 or not 0 < args.top_p <= 1:
+        parser.error("--temperature and --top-k are at least 0, and --top-p is from 0 to 1")
+    if args.repetition_penalty is not None and not args.repetition_penalty >= 1:
+        parser.error("--repetition-penalty is at least 1")
     return args
 
 def parse_scales(text):

@@ -111,7 +111,7 @@ def test_7_min_p():
     """`min_p=0.2`: only the tokens at least a fifth as likely as the likeliest."""
     logits = torch.tensor([0.5, 0.3, 0.11, 0.09]).log().repeat(1001, 1)
     number = torch.linspace(0, 1, 1001)
-    seen = torch.zeros_like(logits, dtype=torch.bool)
+    seen = torch.zeros(len(logits), 1, dtype=torch.long)
     token = sample.draw(logits, number, seen, min_p=0.2)
     shares = torch.bincount(token, minlength=4) / 1001
     torch.testing.assert_close(shares, torch.tensor([50, 30, 11, 0]) / 91, atol=2e-3, rtol=0)
