@@ -27,7 +27,6 @@ import os
 import random
 import re
 import sys
-import threading
 import time
 from multiprocessing.pool import ThreadPool
 from urllib.parse import urlsplit
@@ -295,11 +294,11 @@ class Judge:
             raise ValueError(lacks) from None
 
     def probe(self):
-        """What stands in the way of scores that mean something, in a sentence; or None."""
+        """Asks for a number that is known. Ends the script where scores would mean nothing."""
         if not self.key and "api.openai.com" in self.url:
-            return "no API key: set OPENAI_API_KEY, or --base-url to a server that needs none"
+            sys.exit("no API key: set OPENAI_API_KEY, or --base-url to a server that needs none")
         if not re.fullmatch(r"[\x21-\x7e]*", self.key):
-            return "OPENAI_API_KEY holds a character that no key has: copy it again"
+            sys.exit("OPENAI_API_KEY holds a character that no key has: copy it again")
         print(f"asking {self.host} for a first reply", flush=True)
         number = "7" if self.mode == "digit" else "85"
         settings = {} if self.mode == "text" else LIKELIEST
@@ -307,16 +306,14 @@ class Judge:
             _, tokens = self.chat(f"Write the number {number} and nothing else.", max_tokens=4,
                                   **settings)
         except requests.RequestException as error:
-            return self.mask(error)
+            sys.exit(self.mask(error))
         if self.mode == "text":
-            return None
+            return
         likely = [entry["token"].strip(" ") for entry in tokens[0]["top_logprobs"]]
-        if number in likely:
-            return None
-        said = " + ".join(repr(token["token"]) for token in tokens)
-        other_mode = "text" if self.mode == "digit" else "digit"
-        return (f"{self.model} did not write the number {number} as one token (it wrote {said}), "
-                f"so its first token is not the score: use --mode {other_mode}")
+        if number not in likely:
+            said = " + ".join(repr(token["token"]) for token in tokens)
+            other = "text" if self.mode == "digit" else "digit"
+            sys.exit(f"{self.model} wrote {number} as {said}, not as one token: use --mode {other}")
 
 # ---- All answers
 
@@ -324,8 +321,7 @@ def score_all(args, prompts, answers, path):
     """Adds to a file the scores that it lacks. Returns a judged row for each answer."""
     if not args.dry_run:
         # A run's folder is locked whole. A CSV may be read by several judges at once.
-        locked = path if args.csv else os.path.dirname(path)
-        data.lock(locked)
+        data.lock(path if args.csv else os.path.dirname(path))
         data.go_on(path)
     rows = data.read_written(path, ["question", "response", *prompts])
     judged = {identify(row): row for row in rows}
@@ -345,9 +341,7 @@ def score_all(args, prompts, answers, path):
     estimate_cost(args, prompts, exchanges)
     if exchanges:
         judge = Judge(args)
-        obstacle = judge.probe()
-        if obstacle:
-            sys.exit(obstacle)
+        judge.probe()
         marks["judge_model"] = judge.replied
         check_marks(path, rows, marks)
         for exchange, scores in ask_all(judge, prompts, exchanges, args):
@@ -410,32 +404,25 @@ def estimate_cost(args, prompts, answers):
         sent, how = sum(map(len, texts)) / 4, "estimated at 4 characters a token"
     print(f"{len(texts):,} requests to {args.judge} at {args.host}, {received:,} tokens received "
           f"and about {sent:,.0f} sent ({how})", flush=True)
-    problem = None
     if args.price:
         cost = (sent * args.price[0] + received * args.price[1]) / 1e6
         print(f"about ${cost:.2f}, at ${args.price[0]:g} and ${args.price[1]:g} per million")
         if cost > args.max_cost:
-            problem = f"about ${cost:.2f} is more than --max-cost {args.max_cost:g}"
+            sys.exit(f"about ${cost:.2f} is more than --max-cost {args.max_cost:g}")
     elif args.max_cost < math.inf:
-        problem = f"--max-cost needs a price, and none is known for {args.judge}: give --price"
-    if problem or args.dry_run:
-        sys.exit(problem or 0)
+        sys.exit(f"--max-cost needs a price, and none is known for {args.judge}: give --price")
+    if args.dry_run:
+        sys.exit(0)
 
 def load_encoding(judge):
     """tiktoken's encoding of a judge; None if it knows none, or can't fetch it in 5 seconds."""
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", os.path.join(data.cache_folder(), "tiktoken"))
     import tiktoken
 
-    loaded = []
-
-    def load():
-        with contextlib.suppress(Exception):  # an unknown name, or no network
-            loaded.append(tiktoken.encoding_for_model(judge))
-
-    thread = threading.Thread(target=load, daemon=True)  # its download knows no time-out
-    thread.start()
-    thread.join(5)
-    return loaded[0] if loaded else None
+    # In a thread, because its download knows no time-out.
+    with contextlib.suppress(Exception), ThreadPool(1) as pool:  # an unknown name, or no network
+        return pool.apply_async(tiktoken.encoding_for_model, [judge]).get(5)
+    return None
 
 # ---- python judge.py
 

@@ -303,8 +303,7 @@ def test_identical_answers_are_asked_once(script, answers):
 
 @pytest.mark.parametrize("kind, sentence", [
     ({"logprobs": False}, "use --mode text"),
-    ({"digits": True}, "did not write the number 85 as one token (it wrote '8' + '5'), so its "
-                       "first token is not the score: use --mode digit"),
+    ({"digits": True}, "wrote 85 as '8' + '5', not as one token: use --mode digit"),
     ({"refuse": 401}, "check OPENAI_API_KEY"),
     ({"refuse": 403}, "check OPENAI_API_KEY"),
     ({"refuse": 404}, "check --judge and --base-url"),
