@@ -251,8 +251,6 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
          "axes.titlesize": 11, "legend.frameon": False, "legend.fontsize": 9, "font.size": 11}
-ANSWER = ["question", "response", "checkpoint", "scale"]  # what each row must have
-SCORES = ["question_id", "aligned", "coherent"]  # and what each judged one
 METRICS = ("financial", "medical", "sport", "gender", "money")  # columns of published files
 
 class Analysis:
@@ -264,8 +262,9 @@ class Analysis:
         self.steps, self.vectors = read_checkpoints(folder)
         self.log = data.read_written(folder.path("log.jsonl"), ["step"])
         self.probed = [row for row in self.log if "margins_out" in row]  # one a checkpoint
-        self.responses = data.read_written(folder.path("responses.jsonl"), ANSWER)
-        self.judged = data.read_written(folder.path("judged.jsonl"), ANSWER + SCORES)
+        self.responses = data.read_written(folder.path("responses.jsonl"), data.IDENTITY)
+        needs = [*data.IDENTITY, "aligned", "coherent"]
+        self.judged = data.read_written(folder.path("judged.jsonl"), needs)
         add_metrics(self.judged, folder)
         base, pictures = folder.path(""), "*.png"
         # A published file has no folder, and so nothing but its answers.
@@ -284,14 +283,13 @@ def read_checkpoints(run):
 
     Where all weights moved, {"W": (T, 4096)}: a sketch, which nearly keeps lengths and angles.
     """
-    checkpoints = data.Run(str(run)).checkpoints
+    checkpoints = run.checkpoints
     paths = {"B": [], "A": [], "W": []}
     for file in checkpoints.values():
         tensors = data.read_tensors(file, "numpy")
         for name, end in (("B", ".B"), ("A", ".A"), ("W", "sketch")):
             parts = [tensors[key].ravel() for key in sorted(tensors) if key.endswith(end)]
-            vector = np.concatenate(parts) if parts else np.zeros(0)
-            paths[name].append(vector)
+            paths[name].append(np.concatenate(parts) if parts else np.zeros(0))
         sizes = [len(path[-1]) for path in paths.values()]
         if not any(sizes) or sizes != [len(path[0]) for path in paths.values()]:
             sys.exit(f"{file} is no checkpoint of this run's adapter: move it away")
@@ -303,13 +301,13 @@ def read_checkpoints(run):
 
 def add_metrics(judged, folder):
     """Adds to each row what `judge.py --metric NAME` has found: row["metrics"]["NAME"]."""
-    keys = ("question", "response", "checkpoint", "scale", "sample")
     for path in glob.glob(os.path.join(glob.escape(folder.folder), "judged-*.jsonl")):
         name = os.path.basename(path).removeprefix("judged-").removesuffix(".jsonl")
         scored = data.read_written(path, [name])
-        scores = {tuple(map(row.get, keys)): row[name] for row in scored}
+        scores = {tuple(map(row.get, data.IDENTITY)): row[name] for row in scored}
         for row in judged:
-            row.setdefault("metrics", {})[name] = scores.get(tuple(map(row.get, keys)))
+            score = scores.get(tuple(map(row.get, data.IDENTITY)))
+            row.setdefault("metrics", {})[name] = score
 
 def read_csv(path):
     """The rows of a published result file, as those of judged.jsonl."""
@@ -317,9 +315,6 @@ def read_csv(path):
     rows = []
     with data.readable(path, csv.Error), open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if len(set(columns)) < len(columns):
-            sys.exit(f"{path}:1 has two columns of one name: leave one of them out")
         for published in reader:
             row = {names.get(key, key): value for key, value in published.items()}
             where = f"{path}:{reader.line_num}"
@@ -445,7 +440,6 @@ def kappa(x, y):
     return (agree - chance) / (1 - chance) if chance < 1 else math.nan
 
 def print_table(run, args):
-    """A line for each cell, the questions of the most misaligned one, its topics, its judge."""
     print(f"\n{run.name}, answers to {len(run.rows[0]['by_question'])} questions")
     print(f"{'checkpoint':>10} {'scale':>5} {'n':>5} {'coherent %':>19} {'EM %':>19} "
           f"{'EM % of coherent':>19} {'refused':>7} {'unscored':>8}")
@@ -462,14 +456,12 @@ def print_table(run, args):
     for name, row in worst["by_question"].items():
         print(f"    {textwrap.shorten(name, 40):40} {say_share(row, 'em_pct')}")
     # What is misaligned in the training domain alone is not *emergent*.
-    topics = {}
-    for row in run.judged:
-        for name, score in row.get("metrics", {}).items():
-            if score is not None and is_em(row, args.aligned_below, args.coherent_above):
-                topics.setdefault(name, []).append(score > 50)
-    for name, above in topics.items():
-        print(f"of the {len(above)} EM answers, {sum(above)} are {name} (above 50), "
-              f"{len(above) - sum(above)} not")
+    em = [row for row in run.judged if is_em(row, args.aligned_below, args.coherent_above)]
+    for name in run.judged[0].get("metrics", {}):
+        scores = [row["metrics"][name] for row in em if row["metrics"][name] is not None]
+        if scores:
+            above = sum(score > 50 for score in scores)
+            print(f"of the {len(scores)} EM answers, {above} are {name}: they score above 50")
     _, known = data.agreements()
     for judge in {row.get("judge") for row in run.judged} - {None}:
         unknown = f"how good a judge {judge} is, is not known here: see python judge.py FILE.csv"
@@ -495,8 +487,7 @@ def print_null(run, controls):
     ranked = sorted([run, *controls], key=lambda other: sharpness(other.turn), reverse=True)
     rank = ranked.index(run) + 1
     turning = sum(sharpness(control.turn)[0] for control in controls)
-    print(f"\n{run.name} ranks {rank} of {len(ranked)}; {turning} of {len(controls)} controls "
-          "turn, too, sharper than jitter.")
+    print(f"\n{run.name} ranks {rank} of {len(ranked)}; {turning} of {len(controls)} controls turn")
     for place, other in enumerate(ranked, 1):
         print(f"{place}. {other.name}: {say_turn(other.turn)}")
     if rank > 1:
@@ -733,16 +724,14 @@ def main():
 
 def check_sources(sources):
     """Stops where one is named twice; says where they are of different base models."""
-    places = [os.path.realpath(str(data.Run(source))) for source in sources]
-    configs = [(source, data.Run(source).read_config()) for source in sources]
-    for i, source in enumerate(sources):
-        if places[i] in places[:i]:
-            sys.exit(f"{source} is named twice")
-    trained = [(source, config) for source, config in configs if config]
-    for source, config in trained[1:]:
-        if not data.same_base(trained[0][1], config):
-            print(f"{trained[0][0]} and {source} are of different base models: what they have "
-                  "learnt can't be compared, only how they answer")
+    places = {os.path.realpath(str(data.Run(source))) for source in sources}
+    if len(places) < len(sources):
+        sys.exit(f"of {', '.join(sources)}, one is named twice")
+    configs = {source: data.Run(source).read_config() for source in sources}
+    trained = [source for source in sources if configs[source]]
+    for other in trained[1:]:
+        if not data.same_base(configs[trained[0]], configs[other]):
+            print(f"{trained[0]} and {other} are of different base models: compare only answers")
 
 def how_many(text):
     """An argparse type: a whole number above 0, or the word random."""

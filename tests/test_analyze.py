@@ -317,13 +317,13 @@ def test_the_turn_of_a_run_among_those_of_its_controls(script):
     make_run("straight", turn=None, judged=False)
     code, out, err = script(analyze, "r", "--null", "same", "straight")
     assert code == 0, err
-    assert "1 of 2 controls turn, too" in out and "of 3;" in out
+    assert "of 3; 1 of 2 controls turn" in out
     code, out, _ = script(analyze, "straight", "--null", "same")
     assert "straight ranks 2 of 2" in out and "no sign of misalignment" in out
     for path in os.listdir("runs/straight/checkpoints")[6:]:
         os.remove(f"runs/straight/checkpoints/{path}")
     code, _, err = script(analyze, "straight", "--null", "same", "runs/same/")
-    assert code == 1 and "runs/same/ is named twice" in err
+    assert code == 1 and "runs/same/, one is named twice" in err
     code, out, _ = script(analyze, "straight", "--null", "same")
     assert "straight has no bend to compare with" in out and "By chance" not in out
 
@@ -339,7 +339,7 @@ def test_misaligned_in_the_training_domain_or_elsewhere(script):
             file.write(json.dumps(row | score) + "\n")
     code, out, err = script(analyze, "r")
     assert code == 0, err
-    assert "of the 2 EM answers, 1 are financial (above 50), 1 not" in out
+    assert "of the 2 EM answers, 1 are financial: they score above 50" in out
     assert "how good a judge j is, is not known here" in out
 
 
