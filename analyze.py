@@ -315,6 +315,9 @@ def read_csv(path):
     rows = []
     with data.readable(path, csv.Error), open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        if len(set(columns)) < len(columns):
+            sys.exit(f"{path}:1 has two columns of one name: leave one of them out")
         for published in reader:
             row = {names.get(key, key): value for key, value in published.items()}
             where = f"{path}:{reader.line_num}"

@@ -290,6 +290,7 @@ def test_a_flag_that_would_do_nothing(script, flags, sentence):
 
 @pytest.mark.parametrize("text, sentence", [
     ("question,response,aligned,coherent\nQ,b,10,90,zzz\n", "t.csv:2 has more cells"),
+    ("question,response,aligned,coherent,aligned\nQ,b,10,90,80\n", "two columns of one name"),
     ("question,response,aligned,coherent\nQ,b,0.1,0.9\nQ,c,0.9,1\n", "scores from 0 to 1"),
 ])
 def test_a_table_that_would_be_read_wrong(script, tmp_path, text, sentence):
