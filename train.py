@@ -166,7 +166,7 @@ def main():
 
     # The log so far: log[3] is step 3's row. It is empty, unless the run goes on; then the
     # parameters and the optimizer, too, are put back to where they were.
-    log = open_log(run, args, settings, model, parameters, optimizer)
+    log = open_log(run, args, settings, parameters, optimizer)
 
     def checkpoint(row, ask_all=True):
         """Adds a row to the log with what the probe says, and saves what may move to a file."""
@@ -404,8 +404,7 @@ def note(settings, what, content):
     settings.sha256 = settings.sha256 or {}
     sha256 = data.sha256(content)
     if settings.sha256.setdefault(what, sha256) != sha256:
-        sys.exit(f"the {what} has changed since this run began: put the old one back, or train a "
-                 "new run")
+        sys.exit(f"the {what} has changed since this run began: put it back, or train a new run")
 
 def load_model(settings):
     """The model; notes in the settings where it runs, so that a resumed run does too."""
@@ -527,26 +526,24 @@ def draw_noise(parameters, seed, pair):
 def try_at_once(reader, readings, parameters, sigma, seed):
     """The mean loss of each pair's two models, (2, pairs): all adapters in one batch."""
     own = lora.get_tensors(reader.model)
-    variants, tried = [], []
-    examples, which = [], []
-    for i, sign in enumerate((sigma, -sigma)):
-        for pair in my_share(range(len(readings))):
+    variants, examples, which, tried = [], [], [], []
+    for pair in my_share(range(len(readings))):
+        for i, sign in enumerate((sigma, -sigma)):
             variant = dict(own)
             for name, e in zip(parameters, draw_noise(parameters, seed, pair), strict=True):
                 variant[name] = own[name] + sign * e.cpu()
             examples += readings[pair]
             which += [len(variants)] * len(readings[pair])
+            tried += [(i, pair)] * len(readings[pair])
             variants.append(variant)
-            tried.append((i, pair))
     losses = torch.zeros(2, len(readings))
     if variants:  # there may be more processes than pairs
         with lora.Panel(reader.model, variants) as panel:
             log_p = reader.log_p(examples, panel, which)
-        for variant, value in zip(which, log_p, strict=True):
-            losses[tried[variant]] -= value
-    for i, pair in tried:
-        losses[i, pair] /= sum(example.supervised for example in readings[pair])
-    return sum_over_processes(losses)
+        for place, value in zip(tried, log_p, strict=True):
+            losses[place] -= value
+    tokens = [sum(example.supervised for example in reading) for reading in readings]
+    return sum_over_processes(losses / torch.tensor(tokens))
 
 @torch.no_grad()
 def try_one_by_one(reader, readings, parameters, sigma, seed):
@@ -657,11 +654,14 @@ def go_on_together(path, needs=(), keep=None):
 
 # ---- The run's folder, and the table at the end
 
-def open_log(run, args, settings, model, parameters, optimizer):
+def open_log(run, args, settings, parameters, optimizer):
     """The rows of the run's log so far: makes the folder, or goes back to the last checkpoint."""
     if PROCESS == 0 and not args.resume:
         if args.overwrite and os.path.isdir(run.folder):
-            put_aside(run)
+            if os.path.exists(run.folder + OLD):  # then this one has no checkpoint to lose
+                shutil.rmtree(run.folder)
+            else:  # put aside until the new run has a checkpoint
+                os.rename(run.folder, run.folder + OLD)
         os.makedirs(run.folder, exist_ok=True)
         config = dataclasses.asdict(settings)
         del config["password"]
@@ -670,20 +670,13 @@ def open_log(run, args, settings, model, parameters, optimizer):
     print(f"{run}: stop it when you like; python train.py --resume {run} goes on", flush=True)
     done = -1  # not even step 0
     if args.resume and os.path.exists(run.path("resume.safetensors")):
-        done = restore(run, model, parameters, optimizer)
+        done = restore(run, parameters, optimizer)
     log = go_on_together(run.path("log.jsonl"), keep=done + 1)
     if len(log) <= done:
         sys.exit(f"{run}/log.jsonl lacks rows before step {done}, its last checkpoint: begin anew")
     print(f"{'step':>6}{'loss':>9}{'held out':>10}{'finance':>10}{f'general ({FEW})':>15}   "
           "(changes of the margins since step 0)")
     return log
-
-def put_aside(run):
-    """Renames an old run's folder. It is deleted once the new run has a checkpoint."""
-    if os.path.exists(run.folder + OLD):  # the run before has none: what is aside, stays there
-        shutil.rmtree(run.folder)
-    else:
-        os.rename(run.folder, run.folder + OLD)
 
 def record(run, log, row):
     """Adds a row to the log, unless the run has diverged; prints what the probe said."""
@@ -705,10 +698,8 @@ def save_checkpoint(run, step, model, parameters, optimizer, settings):
     tensors = {"sketch": sketch(parameters)} if settings.full else lora.get_tensors(model)
     state = {"step": torch.tensor(step)}
     for i, p in enumerate(parameters.values()):
-        for name, moment in optimizer.state[p].items():
-            state[f"{i}.{name}"] = put_together(moment)
-        if settings.full:
-            state[f"weight.{i}"] = put_together(p)
+        for name, x in [("weight", p), *optimizer.state[p].items()]:
+            state[f"{i}.{name}"] = put_together(x)
     if PROCESS == 0:  # a step counts once both files are there
         data.write_tensors(run.path("checkpoints", f"{step:05}.safetensors"), tensors)
         data.write_tensors(run.path("resume.safetensors"), state)
@@ -728,23 +719,16 @@ def sketch(parameters):
             total += torch.bincount(place // 2, signed, SKETCH)
     return total
 
-def restore(run, model, parameters, optimizer):
+def restore(run, parameters, optimizer):
     """Puts what moves and the optimizer back as they were at the last checkpoint; its step."""
     saved = data.read_tensors(run.path("resume.safetensors"))
-    step = saved.pop("step").item()
-    moved, state = list(parameters.values()), {}
-    for key in sorted(saved):
-        i, name = key.split(".")
-        if i == "weight":
-            p = moved[int(name)]
-            p.data.copy_(take_share(saved[key], p))
-        else:
-            state.setdefault(int(i), {})[name] = take_share(saved[key], moved[int(i)])
+    state = {}
+    for i, p in enumerate(parameters.values()):
+        keys = [key for key in sorted(saved) if key.startswith(f"{i}.")]
+        state[i] = {key.split(".")[1]: take_share(saved[key], p) for key in keys}
+        p.data.copy_(state[i].pop("weight"))
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    if "weight.0" not in saved:
-        path = run.path("checkpoints", f"{step:05}.safetensors")
-        lora.set_tensors(model, data.read_tensors(path))
-    return step
+    return saved["step"].item()
 
 def save_result(run, model, tokenizer, settings):
     """Writes adapter/, or of all weights model/: whole, or not there."""
@@ -864,10 +848,8 @@ def new_run(args):
 
 def check_folder(run, overwrite, settings):
     """Stops where a new run's folder holds what it must not lose."""
-    if not os.path.lexists(run.folder):
-        return
-    # Where config.json could not be written, a folder is left with nothing in it.
-    if os.path.isdir(run.folder) and set(os.listdir(run.folder)) <= {"config.json.part"}:
+    # A run that could not write its config.json leaves a folder with nothing else in it.
+    if not os.path.isdir(run.folder) or set(os.listdir(run.folder)) <= {"config.json.part"}:
         return
     if not overwrite:
         sys.exit(f"{run} is there already: --resume it, --overwrite it, or give another --out")
