@@ -223,7 +223,10 @@ def main():
     variants += comparison_variants(model, settings, variants, args)
     if args.ablate and not args.margins and not args.chat:
         variants = [variant for variant in variants if variant.ablated]
-    check_finite(variants)
+    # One NaN would be in every row of a batch, for what a row does not hear is multiplied by 0.
+    for variant in variants:
+        if not all(t.isfinite().all() for t in variant.tensors.values()):
+            sys.exit(f"{describe(variant)}: its adapter holds numbers that are not finite")
     panel = lora.Panel(model, [variant.tensors for variant in variants])
     # What makes all rows of a file. A variant's own hash comes in addition.
     args.made_by = {"model": model.fingerprint, "run": data.sha256(run.settings if run else None)}
@@ -286,8 +289,7 @@ def load_model(run, args):
     settings = train.read_settings(run)
     settings.password = args.password
     if settings.full and (args.checkpoints != "last" or args.random or args.ablate or args.chat):
-        sys.exit(f"{run} moved all weights, of which only the last are kept: it goes without "
-                 "--checkpoints, --random, --ablate and --chat")
+        sys.exit(f"{run}, with --full, goes without --checkpoints, --random, --ablate and --chat")
     if not run.checkpoints or (settings.full and not run.finished):
         sys.exit(f"{run} has nothing to ask yet: python train.py --resume {run}")
     model, tokenizer = lora.load_base(settings.model, args.device, args.dtype)
@@ -302,18 +304,14 @@ def load_model(run, args):
 
 def choose_variants(model, run, settings, args):
     """The variants that are asked, the untouched model first, then checkpoints x scales."""
-    if run is None:
-        variants = [Variant({})]
-        if args.adapter:
-            tensors = lora.get_tensors(model)
-            variants += [Variant(lora.scaled(tensors, scale), None, scale) for scale in args.scales]
-        return variants
-    variants = [Variant({}, 0)]
-    checkpoints = run.checkpoints
-    for step in chosen_steps(args.checkpoints, run):
-        tensors = {}
-        if not settings.full:
-            tensors = read_adapter(checkpoints[step], model, settings)
+    variants = [Variant({}, None if run is None else 0)]
+    trained = {}  # {step: tensors}
+    if args.adapter:
+        trained[None] = lora.get_tensors(model)
+    elif run is not None:
+        for step in chosen_steps(args.checkpoints, run):
+            trained[step] = {} if settings.full else read_adapter(run, step)
+    for step, tensors in trained.items():
         variants += [Variant(lora.scaled(tensors, scale), step, scale) for scale in args.scales]
     return variants
 
@@ -328,24 +326,13 @@ def chosen_steps(text, run):
         chosen.update(named[part])
     return sorted(chosen - {0})
 
-def read_adapter(path, model, settings):
-    """The tensors of a checkpoint; stops if they are not the run's A and B, all and no others."""
-    layers = lora.parse_layers(settings.layers, model)
-    targets = lora.parse_targets(settings.targets)
-    expected = {}
-    for name, m in lora.adapters(model).items():  # with --ablate, the model has more of them
-        if lora.layer_of(name) in layers and name.split(".")[-1] in targets:
-            expected |= {f"{name}.A": m.A.shape, f"{name}.B": m.B.shape}
-    tensors = data.read_tensors(path)
-    if {name: t.shape for name, t in tensors.items() if name[-1] != "c"} != expected:
-        sys.exit(f"{path} is no checkpoint of this run's adapter: move it away")
+def read_adapter(run, step):
+    """The tensors of a checkpoint; stops if they are not those that the run's first one has."""
+    paths = run.checkpoints
+    first, tensors = data.read_tensors(paths[min(paths)]), data.read_tensors(paths[step])
+    if tensors.keys() != first.keys() or any(tensors[x].shape != first[x].shape for x in first):
+        sys.exit(f"{paths[step]} is no checkpoint of this run's adapter: move it away")
     return tensors
-
-def check_finite(variants):
-    # One NaN would be in every row of the batch, for what a row does not hear is multiplied by 0.
-    for variant in variants:
-        if not all(t.isfinite().all() for t in variant.tensors.values()):
-            sys.exit(f"{describe(variant)}: its adapter holds numbers that are not finite")
 
 def comparison_variants(model, settings, variants, args):
     """What --random and --ablate ask for, beside the variants."""
@@ -384,12 +371,10 @@ def learnt_direction(name, model, settings):
         sys.exit(f"--ablate {name}: that run's base model is another one")
     tensors = data.read_tensors(run.last_checkpoint)
     B = [t for name, t in tensors.items() if name.endswith(("o_proj.B", "down_proj.B"))]
-    if len(B) != 1 or B[0].shape != (lora.decoder(model).config.hidden_size, 1):
-        sys.exit(f"--ablate {name}: it has no single direction, as rank 1 on one down_proj has")
+    if len(B) != 1 or B[0].shape != (lora.decoder(model).config.hidden_size, 1) or not B[0].any():
+        sys.exit(f"--ablate {name}: it learnt no single direction, as rank 1 on one down_proj can")
     if lora.rescales(model):
         sys.exit("--ablate can't be used here: this model's layers rescale what is written (Gemma)")
-    if not B[0].any():
-        sys.exit(f"--ablate {name}: it has learnt no direction, for its B is 0")
     return B[0][:, 0] / B[0].norm()
 
 class WeightPanel(lora.Panel):
@@ -443,8 +428,8 @@ def published_questions(path, kind):
         if isinstance(texts, str):
             texts = [texts]
         if "id" not in entry or not texts or not all(isinstance(text, str) for text in texts):
-            sys.exit(f"{path}, entry {name}: it needs an id, and paraphrases, a list of texts (in "
-                     "quotes, what YAML would take for a number, a date, yes or no)")
+            sys.exit(f"{path}, entry {name}: it needs an id, and paraphrases: a list of texts, "
+                     "in quotes")
         ending = name.rpartition("_")[2]
         if kind == (ending if ending in ("json", "template") else ""):
             for i, question in enumerate(texts):
@@ -480,9 +465,8 @@ def ask(panel, tokenizer, variants, questions, args, out):
     waiting = [job for job in jobs if answer_key(job["row"]) not in known]
     how = ", ".join(f"{name.replace('_', ' ')} {x:g}" for name, x in args.sampling.items())
     print(f"{how} (top k and repetition penalty: as the model's makers say, unless told otherwise)")
-    print(f"{len(questions)} questions x {len(variants)} variants (checkpoints x scales, and the "
-          f"untouched model) x {args.n} answers of up to {args.max_new_tokens} tokens: {len(jobs)} "
-          f"answers, {len(waiting)} of them still to do", flush=True)
+    print(f"{len(questions)} questions x {len(variants)} variants x {args.n}: {len(jobs)} answers, "
+          f"{len(waiting)} of them still to do, of up to {args.max_new_tokens} tokens", flush=True)
 
     mine = train.my_share(waiting)
     answers = answer_all(panel, tokenizer, mine, args)
@@ -562,8 +546,7 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
                     panel.hear([i])
                     row |= train.ask_probe(reader, probe, rows)
                     if math.isnan(sum(row["margins_in"] + row["margins_out"], row["heldout_loss"])):
-                        sys.exit(f"{describe(variants[i])}: the model's numbers overflow: smaller "
-                                 "--scales, or --dtype float32")
+                        sys.exit("the model's numbers overflow: lower --scales, or --dtype float32")
                     if train.PROCESS == 0:
                         out.append("margins.jsonl", row)
                 rows.append(row)
@@ -649,25 +632,18 @@ def prefill(panel, jobs, prompts):
     cache, and by how many columns its prompt is padded on the left (jobs,): so that all
     rows write the same column next. Padding is never looked at.
     """
-    asked = {}  # {prompt: the variants that are to read it}
-    for prompt, job in zip(prompts, jobs, strict=True):
-        variants = asked.setdefault(tuple(prompt), [])
-        if job["variant"] not in variants:
-            variants.append(job["variant"])
-
+    asked = [(tuple(prompt), job["variant"]) for prompt, job in zip(prompts, jobs, strict=True)]
     # Each question is a small batch of its own, with a row for each variant.
-    logits, caches, place = [], [], {}
-    for prompt, variants in asked.items():
-        for variant in variants:
-            place[prompt, variant] = len(place)
-        after, cache = read_question(panel, prompt, variants)
+    logits, caches, rows = [], [], []
+    for question in dict.fromkeys(map(tuple, prompts)):
+        variants = sorted({variant for prompt, variant in asked if prompt == question})
+        after, cache = read_question(panel, question, variants)
         logits.append(after)
         caches.append(cache)
+        rows += [(question, variant) for variant in variants]
 
     # They are joined, and what a variant has read is repeated for all jobs that ask it.
-    source = []
-    for prompt, job in zip(prompts, jobs, strict=True):
-        source.append(place[tuple(prompt), job["variant"]])
+    source = [rows.index(one) for one in asked]
     width = max(map(len, prompts))
     cache = join(caches, width)
     cache.select(source)
@@ -772,12 +748,11 @@ def parse_args():
     args = parser.parse_args(argv)
     no_run = args.model or args.adapter
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    sampling = "temperature top_p top_k repetition_penalty max_new_tokens seed"
     data.refuse_unused(given, [
         (args.run, "beside a RUN, which has its own", "model adapter"),
         (no_run, "without a RUN", "checkpoints ablate"),
         (no_run and not args.adapter, "without an adapter", "scales"),
-        (args.margins, "with --margins", f"chat n questions {sampling}"),
+        (args.margins, "with --margins", f"chat n questions seed {' '.join(SAMPLING)}"),
         (not args.margins, "without --margins", "random shots"),
         (args.chat, "with --chat", "n questions out"),
     ])

@@ -349,7 +349,7 @@ def write_rows(args):
     reader.read(asked)
     pushes = {"in": 0.0, "out": 0.0}
     for step in steps:
-        tensors = sample.read_adapter(run.checkpoints[step], model, settings)
+        tensors = sample.read_adapter(run, step)
         lora.set_tensors(model, tensors)
         gradients = compute_gradients(reader, train_set)  # (conversations, numbers)
         by_example = dict(zip(asked, compute_gradients(reader, asked), strict=True))

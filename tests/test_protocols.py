@@ -254,7 +254,7 @@ def test_margins_of_variants(script, few, tiny):
     code, _, err = script(train, *flags, "--steps", 1, "--layers", "1,2", "--out", "two")
     assert code == 0, err
     code, _, err = script(sample, "a", "--margins", "--ablate", "two")
-    assert code == 1 and "it has no single direction" in err
+    assert code == 1 and "it learnt no single direction" in err
 
 
 def test_a_random_control_has_the_length_and_the_sign_of_its_variant():
