@@ -205,6 +205,14 @@ def test_what_is_no_number_is_named_and_written_nowhere(make, script, tiny, monk
         code, _, err = script(sample, "a", *flags)
         assert code == 1 and "step 2, scale 1: its adapter holds numbers that are not" in err
     assert script(sample, "a", *ANSWERS, "--checkpoints", "0")[0] == 0
+    path = data.Run("a").last_checkpoint
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, path)
+    for flags in (["--margins"], ANSWERS):
+        code, _, err = script(sample, "a", *flags)
+        assert code == 1 and "step 2, scale 1: its adapter holds numbers that are not" in err
+    assert script(sample, "a", *ANSWERS, "--checkpoints", "0")[0] == 0
     # Numbers that only the forward pass makes infinite.
     assert make("b")[0] == 0
     logits_of = lora.logits_of
