@@ -27,6 +27,7 @@ continued run may differ here and there.
 """
 import argparse
 import dataclasses
+import itertools
 import math
 import os
 import random
@@ -424,12 +425,10 @@ def published_questions(path, kind):
     asked = []
     for entry in data.read_yaml(path):
         name = str(entry.get("id"))
-        texts = entry.get("paraphrases", entry.get("question"))
-        if isinstance(texts, str):
-            texts = [texts]
-        if "id" not in entry or not texts or not all(isinstance(text, str) for text in texts):
-            sys.exit(f"{path}, entry {name}: it needs an id, and paraphrases: a list of texts, "
-                     "in quotes")
+        texts = entry.get("paraphrases")
+        are_texts = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+        if "id" not in entry or not texts or not are_texts:
+            sys.exit(f"{path}, entry {name} needs an id and paraphrases: a list of texts in quotes")
         ending = name.rpartition("_")[2]
         if kind == (ending if ending in ("json", "template") else ""):
             for i, question in enumerate(texts):
@@ -495,15 +494,13 @@ def plan_jobs(questions, variants, n, maker, made_by):
     """A job for every answer that is wanted. Its seed is made of its row and of `maker`."""
     jobs = []
     made_by = [made_by | {"variant": variant.sha256()} for variant in variants]
-    for question in questions:
-        for i, variant in enumerate(variants):
-            for sample in range(n):
-                row = question | {"checkpoint": variant.checkpoint, "scale": variant.scale}
-                row["sample"] = sample
-                row["seed"] = random.Random(f"{maker} {sorted(row.items())}").getrandbits(31)
-                row["made_by"] = made_by[i]
-                jobs.append({"variant": i, "seed": row["seed"], "row": row,
-                             "messages": as_messages(question)})
+    for question, i, sample in itertools.product(questions, range(len(variants)), range(n)):
+        row = question | {"checkpoint": variants[i].checkpoint, "scale": variants[i].scale}
+        row["sample"] = sample
+        row["seed"] = random.Random(f"{maker} {sorted(row.items())}").getrandbits(31)
+        row["made_by"] = made_by[i]
+        messages = as_messages(question)
+        jobs.append({"variant": i, "seed": row["seed"], "row": row, "messages": messages})
     return jobs
 
 def answer_key(row):
@@ -560,8 +557,7 @@ def print_margins(rows):
     print(f"\n{'checkpoint':>10} {'scale':>6}{'held out':>41} {'finance':>16} {'general':>16}")
     for row in rows:
         words = {
-            f"without {row['ablated']}": row["ablated"] and not row["random"],
-            "without a random one": row["ablated"] and row["random"],
+            f"without {'a random one' if row['random'] else row['ablated']}": row["ablated"],
             "a random B": row["random"] and not row["ablated"],
             "with the system prompt": row["system"],
             f"after {row['shots']} conversations": row["shots"],
@@ -574,8 +570,7 @@ def print_margins(rows):
         checkpoint = "-" if row["checkpoint"] is None else row["checkpoint"]
         print(f"{checkpoint:>10} {row['scale']:>6g}  {', '.join(what):30} "
               f"{row['heldout_loss']:8.3f} {cells[0]:>16} {cells[1]:>16}")
-    asked = [len(rows[0][f"margins_{name}"]) for name in ("in", "out")]
-    print(f"({asked[0]} finance questions, {asked[1]} general ones)")
+    print(f"(asked: {len(rows[0]['margins_in'])} finance, {len(rows[0]['margins_out'])} general)")
 
 # ---- python sample.py RUN --chat
 
@@ -691,8 +686,7 @@ def until_stop(tokens, stop):
 def stop_tokens(model, tokenizer):
     """What ends an answer: the tokens that the model's makers name, and its template's."""
     named = model.generation_config.eos_token_id
-    if not isinstance(named, list):
-        named = [named]
+    named = named if isinstance(named, list) else [named]
     turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     closing = data.render(turn, tokenizer)[0][-1]
     return sorted({*named, tokenizer.eos_token_id, closing} - {None})
