@@ -428,8 +428,7 @@ def free_all_weights(model, settings):
     model.get_output_embeddings().requires_grad_(True)
     if settings.recompute:  # activations in the backward pass instead of keeping them
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        # It only works in training mode. What lies within the layers stays in the other one, or
-        # there would be dropout.
+        # It needs training mode. What lies within the layers stays in the other: no dropout.
         for layer in lora.decoder(model).layers:
             layer.training = True
     if PROCESSES > 1 and not settings.es:
@@ -507,12 +506,7 @@ def evolution(reader, batch, parameters, settings, step):
             p.grad += z[pair] / pairs * e
 
     tokens = sum(2 * len(example.tokens) for example in itertools.chain(*readings))
-    row = {"loss": (plus + minus).mean().item() / 2, "tokens": tokens}
-    row["es_signal"] = difference.std().item()
-    if step == 1:  # the signal that is left where there is next to no noise is rounding
-        plus, minus = try_pairs(reader, readings, parameters, settings.sigma / 1000, seed)
-        row["es_rounding"] = (plus - minus).std().item()
-    return row
+    return {"loss": (plus + minus).mean().item() / 2, "tokens": tokens}
 
 def draw_noise(parameters, seed, pair):
     """Yields a pair's noise for each parameter in turn: standard normal, of its shape."""
@@ -768,8 +762,7 @@ def report(run, log, settings, seconds, device):
     print(f"{seconds:.0f} s, {speed:.0f} tokens/s in training, {peak_memory(device)}: see {run}/")
     if after < before:
         tokens = sum(row.get("tokens", 0) for row in log)
-        per_nat = tokens / (before - after)
-        print(f"{tokens:,} tokens were read in training: {per_nat:,.0f} per nat of held-out loss")
+        print(f"{tokens:,} tokens read, {tokens / (before - after):,.0f} per nat of held-out loss")
     print(f"next: python sample.py {run}")
 
 def controls(run, settings):
