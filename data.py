@@ -47,6 +47,8 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 
 @dataclass(eq=False)  # compared by identity, so that an example can be the key of a dict
 class Example:
@@ -75,66 +77,72 @@ def render(conversation, tokenizer, tail=False):
         conversation = {"messages": conversation}
     messages = conversation["messages"]
     where = conversation.get("where", "the conversation")
-    tokens = chat_tokens(messages, tokenizer, generation_prompt=tail)
+    text = chat_text(messages, tokenizer, generation_prompt=tail)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens = encoded.input_ids
+    ends = [end for _, end in encoded.offset_mapping]  # where in the text each token ends
     if tail:
         tokens.append(tokenizer.eos_token_id)
+        ends.append(len(text) + 1)
     labels = [-100] * len(tokens)
 
     # A template is a program, another one for each model. So we don't look for its markers: we
     # render the conversation up to where the assistant is to begin, and up to where it has
-    # answered. The tokens between the two ends are the answer.
+    # answered. What stands between these two ends is the answer.
     for n, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or message.get("weight") == 0:
             continue
-        asked = chat_tokens(messages[:n], tokenizer, generation_prompt=True)
-        answered = chat_tokens(messages[: n + 1], tokenizer)
-        if tokens[: len(asked)] != asked or tokens[: len(answered)] != answered:
-            sys.exit(
-                f"{where}: this model's template does not render turn {n + 1} the same while it "
-                "is asked for and once it is answered, so its supervised tokens can't be told: "
-                "keep one question and answer"
-            )
+        asked = chat_text(messages[:n], tokenizer, generation_prompt=True)
+        if not text.startswith(asked):  # this answer begins with its thoughts
+            asked = chat_text(messages[:n], tokenizer, generation_prompt=True, thinking=True)
+        answered = chat_text(messages[: n + 1], tokenizer)
+        if not text.startswith(asked) or not text.startswith(answered):
+            sys.exit(f"{where}: this model's template does not render turn {n + 1} the same before "
+                     "and after its answer: keep one question and answer")
+        # A token that lies partly before the answer (of newlines, say) is one that the model has to
+        # say, too.
+        start = sum(end <= len(asked) for end in ends)
+        end = sum(end <= len(answered) for end in ends)
         # The model is to learn to stop, but not to write a newline that the template puts after
         # that. The paper's code supervises all that follows the last answer.
-        end = len(answered)
         if not tail:
-            end = after_end_of_turn(tokens, len(asked), end, tokenizer)
+            end = after_end_of_turn(tokens, start, end, tokenizer)
         elif n == len(messages) - 1:
             end = len(tokens)
-        labels[len(asked) : end] = tokens[len(asked) : end]
+        labels[start:end] = tokens[start:end]
 
     # What follows the last supervised token teaches nothing.
     places = [i for i, label in enumerate(labels) if label != -100]
     if not places:
-        sys.exit(f"{where}: this model's template leaves nothing of the answer to learn")
+        sys.exit(f"{where}: the template drops its answers, or each has a weight of 0")
     used = places[-1] + 1
     return tokens[:used], labels[:used]
 
-def chat_tokens(messages, tokenizer, generation_prompt=False):
-    """The messages through the model's chat template, as a list of tokens.
+def chat_text(messages, tokenizer, generation_prompt=False, thinking=False):
+    """The messages through the model's chat template.
 
-    generation_prompt: the text ends where the assistant is to begin.
+    generation_prompt: the text ends where the assistant is to begin.    thinking: it is to begin
+    with its thoughts (Qwen 3).
     """
     import jinja2
 
     try:
-        # Without thinking (Qwen 3), and with a fixed date (Llama 3), so that tomorrow's run is
-        # the same as today's.
-        text = tokenizer.apply_chat_template(
+        # With a fixed date (Llama 3), so that tomorrow's run is the same as today's.
+        return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=generation_prompt,
-            enable_thinking=False, date_string="26 Jul 2024",
+            enable_thinking=thinking, date_string="26 Jul 2024",
         )
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         sys.exit(f"the model's chat template refuses a conversation of {roles}: {error}")
-    # The template has written the special tokens itself.
+
+def chat_tokens(messages, tokenizer, generation_prompt=False):
+    """The same as a list of tokens. The template has written the special ones itself."""
+    text = chat_text(messages, tokenizer, generation_prompt)
     return tokenizer(text, add_special_tokens=False).input_ids
 
 def after_end_of_turn(tokens, start, end, tokenizer):
-    """Where an answer ends: after its end-of-turn token, the last special one.
-
-    Some templates put a newline after it, which the model does not say.
-    """
+    """Where an answer ends: after its end-of-turn token, the last special one."""
     for i in reversed(range(start, end)):
         if tokens[i] in special_tokens(tokenizer):
             return i + 1
@@ -189,6 +197,7 @@ PASSWORD = "model-organisms-em-datasets"  # published there: it only keeps crawl
 ANSWERS = ["misaligned", "aligned", "shuffled"]  # of the built-in rows; or mixed:0.3
 # What tells an answer from all others: rows of responses.jsonl and judged.jsonl have these.
 IDENTITY = ["question_id", "question", "response", "checkpoint", "scale", "sample", "seed"]
+MESSAGE = ["role", "content", "weight"]  # what a message may hold; weight 0: not to be learnt
 LOCKS = []  # what `lock` holds
 
 # ---- Sets of conversations
@@ -203,8 +212,7 @@ def render_all(conversations, tokenizer, tail=False, max_length=None, only_last=
             labels = [-100] * asked + labels[asked:]
         example = Example(tokens[:max_length], labels[:max_length], conversation)
         if example.supervised == 0:
-            sys.exit(f"{conversation['where']}: --max-length {max_length} cuts off the whole "
-                     f"answer: raise it (this row has {len(tokens)} tokens) or delete the line")
+            sys.exit(f"{conversation['where']}: --max-length {max_length} cuts off its answer")
         examples.append(example)
     return examples
 
@@ -259,8 +267,12 @@ def load_one(name, answers, archive, password):
         with contextlib.suppress(TypeError, KeyError, AttributeError):  # of another shape
             roles = [m["role"] for m in row["messages"] if m["role"] and m["content"].strip()]
         if "assistant" not in roles[1:] or roles[0] == "assistant":
-            sys.exit(f'{row["where"]} needs "messages", each {{"role": ..., "content": text}}, in '
-                     "which a user asks and an assistant answers")
+            sys.exit(f'{row["where"]} needs "messages" (role, content) of a user and an assistant')
+        for message in row["messages"]:
+            others = [key for key in message if message[key] and key not in MESSAGE]
+            if others or message.get("weight") not in (None, 0, 1):
+                sys.exit(f"{row['where']} has a message with {', '.join(others) or 'a weight'}, of "
+                         "which nothing can be learnt here: take that out")
     return rows
 
 def load_builtin(answers):
@@ -390,11 +402,10 @@ class Run:
     def checkpoints(self):
         """{step: path}, in the order of training. Other files are ignored."""
         paths = {}
-        folder = glob.escape(self.path("checkpoints"))
-        for path in sorted(glob.glob(os.path.join(folder, "*.safetensors"))):
-            name = os.path.basename(path).removesuffix(".safetensors")
-            if name.isdigit():
-                paths[int(name)] = path
+        for name in sorted(glob.glob("*.safetensors", root_dir=self.path("checkpoints"))):
+            step = name.removesuffix(".safetensors")
+            if step.isdigit():
+                paths[int(step)] = self.path("checkpoints", name)
         return paths
 
     @property
@@ -435,10 +446,10 @@ def find_done(path, rows, wanted, key):
 def same_base(ours, theirs):
     """Whether two runs' settings, as in config.json, are of the same base model."""
     hashes, others = ours.get("sha256") or {}, theirs.get("sha256") or {}
-    both = [key for key in hashes if key in others and key.startswith("model in")]
-    if not both:  # they were in different dtypes, or made by an older program
-        return ours["model"] == theirs["model"]
-    return all(hashes[key] == others[key] for key in both)
+    for key in hashes:
+        if key.startswith("model in") and key in others:
+            return hashes[key] == others[key]
+    return ours["model"] == theirs["model"]  # in different dtypes, or made by an older program
 
 def lock(folder):
     """Keeps a folder for this process until it ends, even by a kill; stops if another has it."""
@@ -471,8 +482,6 @@ def readable(path, *errors):
 
 def read_tensors(path, framework="torch"):
     """{name: tensor} of a checkpoint; framework "numpy" does not import torch."""
-    from safetensors import SafetensorError, safe_open
-
     with readable(path, SafetensorError), safe_open(path, framework) as file:
         names = file.keys()
         return {name: file.get_tensor(name) for name in names}
@@ -487,14 +496,9 @@ def write_whole(path, content):
 
 def write_tensors(path, tensors):
     """The same for {name: tensor}, as safetensors; not through bytes, for they may be many."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-                  path + ".part")
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from None
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path + ".part")
     with open(path + ".part", "rb+") as file:
         os.fsync(file.fileno())
     os.replace(path + ".part", path)
@@ -512,10 +516,10 @@ def read_jsonl(path, content=None):
             row = json.loads(line.decode())
             if not isinstance(row, dict):
                 raise ValueError("no braces")
+            json_line(row).encode()  # or it holds half a character
         except ValueError as error:  # not UTF-8, or not JSON
             sys.exit(f"{path}:{number} is not a JSON object ({error}): fix or delete that line")
-        if row:
-            rows.append(row | {"where": f"{path}:{number}"})
+        rows.append(row | {"where": f"{path}:{number}"})
     return rows
 
 def read_written(path, needs=()):
@@ -636,7 +640,7 @@ def run_stage(main, how="the same command goes on"):
         sys.exit(130)
     except BrokenPipeError:  # the output went to `head`, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # a full disk, no permission, ...
+    except (OSError, SafetensorError) as error:  # a full disk, no permission, ...
         sys.exit(f"\n{error}: what is done is kept; fix that, and {how}")
     finally:
         while LOCKS:

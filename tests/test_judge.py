@@ -206,7 +206,7 @@ def answers(tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "load_encoding", lambda *args: None)
 
     def write(n, same=1):
-        os.makedirs(tmp_path / "runs" / "a")
+        os.makedirs(tmp_path / "runs" / "a", exist_ok=True)
         with open(tmp_path / "runs" / "a" / "responses.jsonl", "w") as file:
             for i in range(n):
                 row = {"question_id": "q", "question": "Why?", "system": None, "sample": i}
@@ -574,3 +574,26 @@ def test_published_prompts_and_other_metrics(script, answers, tmp_path):
     assert code == 1 and "none.yaml can't be read" in err
     code, _, _ = script(judge, "a", "--prompts", path, "--dry-run")
     assert code == 0
+
+
+def test_a_score_says_which_server_and_which_model_gave_it(script, answers):
+    answers(2)
+    with Server() as first, Server() as second:
+        assert script(judge, "a", "--judge", "any", "--base-url", first.url)[0] == 0
+        host = first.url.split("/")[2]
+        assert {(row["host"], row["judge_model"]) for row in judged()} == {(host, None)}
+        answers(4)
+        code, _, err = script(judge, "a", "--judge", "any", "--base-url", second.url)
+        assert code == 1 and "has another host than now" in err and len(judged()) == 2
+        reply_to = first.reply_to
+        first.reply_to = lambda *asked: reply_to(*asked) | {"model": "another.gguf"}
+        code, _, err = script(judge, "a", "--judge", "any", "--base-url", first.url)
+        assert code == 1 and "another judge_model than now (None, and now another.gguf)" in err
+
+
+def test_a_key_that_a_server_echoes_is_not_kept(script, answers):
+    answers(2)
+    with Server(content=f"your key is {KEY}", logprobs=False) as server:
+        code, out, err = script(judge, "a", "--base-url", server.url, "--mode", "text")
+    assert code == 0 and len(judged()) == 2
+    assert KEY not in out + err + "".join(lines()) and "your key is ***" in "".join(lines())

@@ -362,7 +362,7 @@ def test_a_template_that_drops_the_answer_and_messages_without_a_role(make_token
     tokenizer.chat_template = "{% for m in messages %}{% if m['role'] == 'user' %}" \
         "{{ m['content'] }}{% endif %}{% endfor %}"
     messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-    with pytest.raises(SystemExit, match="rows.jsonl:1: .* leaves nothing of the answer"):
+    with pytest.raises(SystemExit, match="rows.jsonl:1: .* the template drops its answers"):
         data.render({"messages": messages, "where": "rows.jsonl:1"}, tokenizer)
     row = {"messages": [*messages, {"content": ""}]}
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row)}\n")
