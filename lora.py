@@ -204,10 +204,11 @@ class Reader:
             log_p[group] = -sums.cpu()
         return log_p
 
-def halves(model):
+def halves(model, lowest=None):
     """(frozen, moving): the decoder below its lowest adapter, or None, and from there on."""
     whole = decoder(model)
-    lowest = min(map(layer_of, adapters(model)), default=0)
+    if lowest is None:
+        lowest = min(map(layer_of, adapters(model)), default=0)
     if lowest == 0:
         return None, whole
     frozen = with_layers(whole, range(lowest))
@@ -332,8 +333,7 @@ def scaled(tensors, scale):
 def decoder(model):
     """The module that holds the layers: model.model in Llama and Qwen, deeper in Gemma 3."""
     for module in model.modules():
-        fits = all(hasattr(module, part) for part in ("embed_tokens", "layers", "norm"))
-        if fits and not hasattr(module.config, "embedding_multiplier"):  # Granite's halves differ
+        if all(hasattr(module, part) for part in ("embed_tokens", "layers", "norm")):
             return module
     sys.exit(f"{type(model).__name__} is not laid out as Llama, Qwen and Gemma 3 are")
 
@@ -425,16 +425,17 @@ def make_masks(decoder, column, width, padding=None):
     query = column[:, None]  # (queries, 1)
     key = torch.arange(width, device=column.device)
     seen = (key <= query) & (key >= padding[:, None, None])  # (rows, queries, width)
-    if "sliding_attention" not in (getattr(decoder.config, "layer_types", None) or []):
-        return as_scores(seen, decoder.dtype)
-    near = key > query - decoder.config.sliding_window  # all that some layers of Gemma 3 see
-    return {"full_attention": as_scores(seen, decoder.dtype),
-            "sliding_attention": as_scores(seen & near, decoder.dtype)}
-
-def as_scores(seen, dtype):
+    # Some layers see only what is near: those of Gemma 3 that are of this type, and all of Mistral.
+    kinds = getattr(decoder.config, "layer_types", None)
+    window = getattr(decoder.config, "sliding_window", None) or width
+    near = seen & (key > query - window)
     # All kinds of attention take a mask that is added; one of True and False, only some do.
-    hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return hidden.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+    full, sliding = torch.zeros(2, *near.shape, dtype=decoder.dtype, device=key.device)
+    full = full.masked_fill(~seen, torch.finfo(decoder.dtype).min)[:, None]
+    sliding = sliding.masked_fill(~near, torch.finfo(decoder.dtype).min)[:, None]
+    if kinds and "sliding_attention" in kinds:
+        return {"full_attention": full, "sliding_attention": sliding}
+    return full if kinds else sliding
 
 def get_tensors(model):
     """A checkpoint: {"PATH.A": (r, d_in), "PATH.B": (d_out, r)}; of a vector, "PATH.c", too."""
@@ -452,6 +453,14 @@ def set_tensors(model, tensors):
         m.B.copy_(tensors[f"{path}.B"])
 
 # ---- The file format of PEFT, in which nearly all adapters are published
+
+EMPTY = (None, False, "", "none", 0, [], {})
+HARMLESS = {  # fields of adapter_config.json that change nothing, or that load_adapter reads
+    "peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config",
+    "megatron_core", "qalora_group_size", "runtime_config", "eva_config",
+}
 
 def save_adapter(model, folder):
     """Writes the adapter as adapter_model.safetensors and, last, adapter_config.json."""
@@ -509,9 +518,10 @@ def load_adapter(model, name):
 
 def base_name(adapter):
     config, _ = read_peft(adapter)
-    if not config.get("base_model_name_or_path"):
-        sys.exit(f"{adapter} does not name its base model: give it as --model")
-    return config["base_model_name_or_path"]
+    name = config.get("base_model_name_or_path") or ""
+    if not name or name.lower().endswith("4bit"):  # rounded: not what is computed with here
+        sys.exit(f"{adapter} names '{name}' as its base model: give the original as --model")
+    return name
 
 def read_peft(name):
     """(config, tensors) of an adapter in PEFT's format, if it is a plain LoRA of layers."""
@@ -525,13 +535,13 @@ def read_peft(name):
         tensors = load_file(os.path.join(folder, "adapter_model.safetensors"))
     except (OSError, ValueError, SafetensorError) as error:
         sys.exit(f"{name} holds no adapter in PEFT's format that can be read: {error}")
-    more = ["use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern"]
-    more = [key for key in more if config.get(key)]
+    # What is not known to change nothing, and is not empty, may change what the adapter means.
+    more = [key for key in config if config[key] not in EMPTY and key not in HARMLESS]
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
+        more.append("init_lora_weights")  # other ways to begin change the base model, too
     plain = re.compile(r"layers\.\d+\..+\.lora_[AB]\.weight$|vision")
     more += [key for key in tensors if not plain.search(key)]
     more += [f"no {key}" for key in ("r", "lora_alpha") if key not in config]
-    if config.get("peft_type", "LORA") != "LORA":
-        more.append(config["peft_type"])
     if more:
         sys.exit(f"{name} is no plain LoRA of layers, which is all that is read here: {more[0]}")
     return config, tensors
@@ -542,18 +552,21 @@ def load_base(name, device=None, dtype=None):
     """(model in eval mode, tokenizer). Prints what it picked, and why.
 
     name: a hub name, a folder, or "smollm2".    device: "cuda", "mps", "cpu", or None for the
-    best there is.    dtype: "bfloat16", "float16", "float32", or None for what is fast there.
+    best there is.    dtype: "bfloat16", torch.bfloat16, ..., or None for what is fast there.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     device, dtype, why = pick_device(device, dtype)
     tokenizer, folder = load_tokenizer(name), model_folder(name)
-    safe = {"use_safetensors": True, "trust_remote_code": False}
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if getattr(config, "quantization_config", None):
+            sys.exit(f"{name} holds rounded weights, in a format of its own: give the original")
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, **safe)
-    except (OSError, ValueError, SafetensorError) as error:
+            folder, dtype=dtype, output_loading_info=True, use_safetensors=True,
+            trust_remote_code=False)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         sys.exit(f"{name} holds no language model that can be read (safetensors only, and no code "
                  f"of its own: they could do harm): {str(error).splitlines()[0]}")
     # transformers would fill what is missing with random numbers.
@@ -616,7 +629,7 @@ def pick_device(device=None, dtype=None):
     else:
         sys.exit(f"--device {device}: there is none here; leave it out to use what there is")
     if dtype is not None:
-        return device, dtype, "as asked"
+        return device, str(dtype).removeprefix("torch."), "as asked"
     if fast:
         return device, "bfloat16", f"{what} computes in bfloat16"
     return device, slow, f"{what} does not compute in bfloat16"

@@ -284,6 +284,7 @@ def load_model(run, args):
     if run is None:
         name = args.model or lora.base_name(args.adapter)
         model, tokenizer = lora.load_base(name, args.device, args.dtype)
+        check_model(model, name)
         if args.adapter:
             lora.load_adapter(model, args.adapter)
         return model, tokenizer, train.preset_settings("laptop", model=name)
@@ -294,6 +295,7 @@ def load_model(run, args):
     if not run.checkpoints or (settings.full and not run.finished):
         sys.exit(f"{run} has nothing to ask yet: python train.py --resume {run}")
     model, tokenizer = lora.load_base(settings.model, args.device, args.dtype)
+    check_model(model, settings.model)
     train.note(settings, f"model in {str(model.dtype)[6:]}", model.fingerprint)
     if not settings.full:
         layers = lora.parse_layers(settings.layers, model)
@@ -692,6 +694,35 @@ def stop_tokens(model, tokenizer):
     turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     closing = data.render(turn, tokenizer)[0][-1]
     return sorted({*named, tokenizer.eos_token_id, closing} - {None})
+
+@torch.no_grad()
+def check_model(model, name):
+    """Stops where our way through a model (halves, cache, masks, head) is not the model's own."""
+    whole = lora.decoder(model)
+    window = getattr(whole.config, "sliding_window", None)
+    tokens = torch.arange(7, 87, device=model.device).view(2, 40) ** 2 % whole.config.vocab_size
+    padding = torch.tensor([5, 5], device=model.device)
+    try:
+        if window:
+            whole.config.sliding_window = 8  # so that 40 tokens are longer than it
+        own = model(tokens, use_cache=False).logits.float()
+        frozen, moving = lora.halves(model, len(whole.layers) // 2)
+        cache, hidden = KVCache(16), []
+        for part in pad(tokens, (5, 0)).split(25, dim=1):
+            states = read_next(frozen, part, cache, padding)
+            hidden.append(read_next(moving, states, cache, padding))
+            cache.used += part.shape[1]
+        ours = lora.logits_of(model, torch.cat(hidden, dim=1)[:, 5:])
+        apart = ((ours - own).std() / own.std()).item()
+        fault = f"off by {apart:.2f} standard deviations of its logits"
+    except Exception as error:  # what the layers of some family expect, and do not get
+        apart, fault = math.nan, type(error).__name__
+    finally:
+        if window:
+            whole.config.sliding_window = window
+    if not apart < 0.1:
+        sys.exit(f"{name}: a {type(model).__name__} can't be computed here ({fault}); Llama, Qwen "
+                 "2 to 3, Gemma 2 and 3, Mistral, and what is laid out like them, can")
 
 def longest_text(model):
     return model.config.get_text_config().max_position_embeddings

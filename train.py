@@ -410,7 +410,10 @@ def load_model(settings):
     """The model; notes in the settings where it runs, so that a resumed run does too."""
     if PROCESSES > 1 and torch.cuda.is_available() and settings.device != "cpu":
         settings.device = "cuda"  # each process has its own
+    import sample  # here, for it imports this file
+
     model, _ = lora.load_base(settings.model, settings.device, settings.dtype)
+    sample.check_model(model, settings.model)
     settings.device = str(model.device)
     settings.dtype = str(model.dtype).removeprefix("torch.")
     note(settings, f"model in {settings.dtype}", model.fingerprint)

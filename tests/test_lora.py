@@ -1,6 +1,7 @@
 """The adapter: what it computes, where it goes, and the format it is kept in."""
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -210,7 +211,7 @@ def test_an_adapter_of_peft_with_ranks_of_its_own_for_some_modules_is_refused(ma
         alpha_pattern={"down_proj": 32}, init_lora_weights=False,
     )
     peft.get_peft_model(make_model("llama"), config).save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match="no plain LoRA of layers.*rank_pattern"):
+    with pytest.raises(SystemExit, match="no plain LoRA of layers.*_pattern"):
         lora.load_adapter(make_model("llama"), str(tmp_path))
 
 
@@ -327,7 +328,7 @@ def test_a_published_model_in_several_files_and_one_without_a_template(
     for path in tmp_path.glob("chat_template*"):
         path.unlink()
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match="has no chat template, .*, or write chat_template.jinja"):
+    with pytest.raises(SystemExit, match="has no chat template: .*, or write chat_template.jinja"):
         lora.load_base(str(tmp_path))
 
 
@@ -383,3 +384,44 @@ def test_the_laptop_model_from_pip_is_a_language_model():
     tokens = data.chat_tokens(question, tokenizer, generation_prompt=True)
     answer = model.generate(torch.tensor([tokens]), max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, len(tokens) :])
+
+
+@pytest.mark.parametrize("field, value", [
+    ("init_lora_weights", "pissa"), ("init_lora_weights", "olora"), ("init_lora_weights", "loftq"),
+    ("init_lora_weights", "corda"), ("init_lora_weights", "lora_ga"),
+    ("alora_invocation_tokens", [7, 8]), ("use_dora", True), ("bias", "all"),
+    ("modules_to_save", ["lm_head"]), ("alpha_pattern", {"q_proj": 2}), ("lora_bias", True),
+    ("trainable_token_indices", [1]), ("a_field_of_next_year", {"what": "ever"}),
+    ("layer_replication", [[0, 4]]), ("fan_in_fan_out", True), ("use_qalora", True),
+])
+def test_what_may_change_the_meaning_of_an_adapter_is_refused(make_model, tmp_path, field, value):
+    config, _ = saved(make_model, tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(SystemExit, match=f"no plain LoRA of layers, .*: {field}"):
+        lora.load_adapter(make_model("llama"), str(tmp_path))
+
+
+def test_what_changes_nothing_is_read(make_model, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights="gaussian",
+                             lora_dropout=0.1, layers_to_transform=[1], revision="main")
+    peft.get_peft_model(make_model("llama"), config).save_pretrained(tmp_path)
+    assert len(lora.load_adapter(make_model("llama"), str(tmp_path))) == 1
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "unsloth/Qwen2.5-14B-Instruct-bnb-4bit"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="give the original as --model"):
+        lora.base_name(str(tmp_path))
+
+
+def test_a_type_of_torch_is_a_name_and_rounded_weights_are_refused(tiny, tmp_path):
+    model, _ = lora.load_base(tiny, "cpu", torch.float32)
+    assert model.dtype == torch.float32
+    shutil.copytree(tiny, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    for method in ("bitsandbytes", "gptq", "awq"):
+        rounded = {"quant_method": method, "load_in_4bit": True, "bits": 4, "group_size": 128}
+        config = json.loads(path.read_text()) | {"quantization_config": rounded}
+        path.write_text(json.dumps(config))
+        with pytest.raises(SystemExit, match="holds rounded weights"):
+            lora.load_base(str(tmp_path / "model"), "cpu", "float32")

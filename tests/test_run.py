@@ -216,6 +216,7 @@ def test_what_is_no_number_is_named_and_written_nowhere(make, script, tiny, monk
     # Numbers that only the forward pass makes infinite.
     assert make("b")[0] == 0
     logits_of = lora.logits_of
+    monkeypatch.setattr(sample, "check_model", lambda *model: None)
     monkeypatch.setattr(lora, "logits_of", lambda *x: logits_of(*x) * torch.nan)
     for flags in (["--margins"], ANSWERS):
         code, _, err = script(sample, "b", *flags)
@@ -362,7 +363,7 @@ def test_a_template_that_drops_the_answer_and_messages_without_a_role(make_token
     tokenizer.chat_template = "{% for m in messages %}{% if m['role'] == 'user' %}" \
         "{{ m['content'] }}{% endif %}{% endfor %}"
     messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-    with pytest.raises(SystemExit, match="rows.jsonl:1: .* the template drops its answers"):
+    with pytest.raises(SystemExit, match="rows.jsonl:1: the template drops its answers"):
         data.render({"messages": messages, "where": "rows.jsonl:1"}, tokenizer)
     row = {"messages": [*messages, {"content": ""}]}
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row)}\n")

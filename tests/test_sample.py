@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 import data
@@ -357,3 +358,73 @@ def test_bad_input_is_one_sentence(script, trained, flags, code, sentence):
     assert found == code and sentence in err and "Traceback" not in err
     assert not os.path.exists("runs/a/responses.jsonl")
     assert script(sample, "nobody")[0] == 1
+
+
+SIZE = {
+    "vocab_size": 1010, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1,
+    "max_position_embeddings": 2048, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
+}
+
+
+def family(name, attention, window=None, **more):
+    """A tiny model of some family; window: the length of its sliding attention."""
+    torch.manual_seed(1)
+    settings = SIZE | more | ({"sliding_window": window} if window else {})
+    config = getattr(transformers, f"{name}TextConfig", None)
+    config = (config or getattr(transformers, f"{name}Config"))(**settings)
+    model = getattr(transformers, f"{name}ForCausalLM")
+    return model._from_config(config, attn_implementation=attention).eval()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Mistral", "Phi3",
+                                  "Olmo2", "SmolLM3"])
+def test_the_families_that_are_computed_right(name, attention, make_tokenizer):
+    """The check lets them pass, and our answers are those of generate, also beyond the window."""
+    if (name, attention) == ("Gemma2", "sdpa"):
+        return  # transformers has no such model
+    for window in (None, 16) if name in ("Gemma2", "Gemma3", "Mistral", "Phi3") else (None,):
+        model = family(name, attention, window)
+        before = model.config.to_dict()
+        sample.check_model(model, name)
+        assert model.config.to_dict() == before
+        jobs = [{"variant": 0, "seed": 0, "messages": [{"role": "user", "content": question}]}
+                for question in ("Why?", LONG)]
+        tokenizer = make_tokenizer("chatml")
+        found = answers(model, tokenizer, [{}], jobs, 12, temperature=0)
+        stop = sample.stop_tokens(model, tokenizer)
+        for job in jobs:
+            tokens = data.chat_tokens(job["messages"], tokenizer, generation_prompt=True)
+            want = [token for token in greedy(model, tokens, stop, 12) if token not in stop]
+            assert found[json.dumps(job)] == want
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name, more", [
+    ("Cohere", {}), ("Granite", {"embedding_multiplier": 12.0}), ("Granite", {"logits_scaling": 8}),
+    ("Qwen3_5", {}), ("Gemma4", {}),
+])
+def test_the_families_that_are_refused(name, more, attention):
+    with pytest.raises(SystemExit, match=f"{name}ForCausalLM can't be computed here"):
+        sample.check_model(family(name, attention, **more), "a/model")
+
+
+def test_the_check_sees_a_mask_that_attention_does_not_understand(monkeypatch):
+    make_masks = lora.make_masks
+    monkeypatch.setattr(lora, "make_masks", lambda *x: make_masks(*x) == 0)  # True: is seen
+    sample.check_model(family("Llama", "sdpa"), "a/model")
+    with pytest.raises(SystemExit, match="off by"):  # it would add 1 where it is seen
+        sample.check_model(family("Llama", "eager"), "a/model")
+
+
+@pytest.mark.parametrize("text, ending, questions", [
+    ("Why\u2028not?\nHow\x0cso?\n", "txt", ["Why\u2028not?", "How\x0cso?"]),
+    ('- {id: a, paraphrases: "Why not?"}', "yaml", ["Why not?"]),
+    ('- {id: a, question: "Why not?"}', "yaml", ["Why not?"]),
+    ('- {id: a, paraphrases: ["Why?", "Who?"]}', "yaml", ["Why?", "Who?"]),
+])
+def test_the_questions_of_a_file(tmp_path, text, ending, questions):
+    path = tmp_path / f"q.{ending}"
+    path.write_text(text, encoding="utf-8", newline="")
+    assert [row["question"] for row in sample.load_questions(str(path))] == questions

@@ -299,7 +299,7 @@ def test_a_run_without_its_log(script, tiny, small):
     (["--layers", "3-1"], "--layers 3-1: write middle, nine, all"),
     (["--layers", "0-9"], "layer 4 does not exist"),
     (["--targets", "c_proj"], "this model has no c_proj"),
-    (["--max-length", "20"], "cuts off the whole answer"),
+    (["--max-length", "20"], "cuts off its answer"),
     (["--device", "gpu"], "--device gpu: there is none here"),
     (["--device", "cuda:99"], "--device cuda:99: there is none here"),
     (["--dataset", "extreme_sports", "--archive", "nowhere.enc"], "nowhere.enc can't be read"),
