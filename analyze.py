@@ -443,7 +443,9 @@ def kappa(x, y):
     return (agree - chance) / (1 - chance) if chance < 1 else math.nan
 
 def print_table(run, args):
-    print(f"\n{run.name}, answers to {len(run.rows[0]['by_question'])} questions")
+    scored = sum(has_scores(row) for row in run.judged)
+    print(f"\n{run.name}, answers to {len(run.rows[0]['by_question'])} questions; {scored} of "
+          f"{len(run.judged)} answers have both scores")
     print(f"{'checkpoint':>10} {'scale':>5} {'n':>5} {'coherent %':>19} {'EM %':>19} "
           f"{'EM % of coherent':>19} {'refused':>7} {'unscored':>8}")
     for row in run.rows:

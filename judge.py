@@ -153,6 +153,7 @@ def ask_score(judge, prompt):
 TEXTS = 3  # replies averaged in --mode text
 TIMEOUT = 60  # seconds: the longest silence, and the longest wait before trying again
 DEADLINE = 120  # seconds for one reply
+THOUGHTS = 2000  # tokens that a judge may think in, where it does
 TRIES = 6  # requests for one usable reply
 # Dollars per million tokens, sent and received.
 PRICES = {"gpt-4o": (2.5, 10), "gpt-4o-mini": (0.15, 0.6), "gpt-4.1": (2, 8)}
@@ -177,6 +178,7 @@ def written_score(texts):
     scores = []
     others = []
     for text in texts:
+        text = re.sub("<think>.*?(</think>|$)", "", text, flags=re.DOTALL)  # what it thought first
         # "Score: 85." counts, and "85/100"; but not "from 0 to 100".
         numbers = set(re.findall(r"-?[0-9]+(?:\.[0-9]+)?", text.replace("/100", "")))
         if len(numbers) == 1 and 0 <= float(min(numbers)) <= 100:
@@ -195,17 +197,24 @@ class LoudRetry(Retry):
     def sleep(self, response=None):
         why = f"HTTP {response.status}" if response else "no reply"
         say_once(f"the judge's server: {why}; trying again")
-        super().sleep(response)
+        # At least as patient as without a Retry-After, which may be a date, or not be there.
+        wait = self.get_backoff_time()
+        with contextlib.suppress(AttributeError, TypeError, ValueError):
+            wait = max(wait, float(response.headers.get("Retry-After")))
+        time.sleep(min(TIMEOUT, wait))
 
-    def get_retry_after(self, response):
-        return min(TIMEOUT, super().get_retry_after(response) or 0)
+class Filtered(Exception):
+    """The server refuses to read this one text, and will do so each time."""
 
 class Judge:
     def __init__(self, args):
         self.model = args.judge
         self.mode = args.mode
         self.host = args.host
-        self.url = args.base_url.rstrip("/") + "/chat/completions"
+        address = urlsplit(args.base_url)  # behind which ?api-version=... may stand
+        path = address.path.rstrip("/") + "/chat/completions"
+        self.url = address._replace(path=path).geturl()
+        self.asks_for = set()  # what models that think first take otherwise than others
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         self.replied = None  # the model that says it has answered
         self.session = requests.Session()
@@ -239,6 +248,8 @@ class Judge:
             time.sleep(0.2 * attempt)
             try:
                 return self.read(self.post(body), "logprobs" in settings)
+            except Filtered:  # a result, too: there is no number
+                return "FILTERED", [{"token": "FILTERED", "top_logprobs": []}]
             except requests.ConnectionError as error:
                 raise requests.RequestException(
                     f"{self.host} can't be reached ({type(error).__name__}): check --base-url, and "
@@ -247,7 +258,13 @@ class Judge:
                 fault = error
         raise requests.RequestException(f"{self.host} sends no usable reply: {fault}")
 
-    def post(self, body):
+    def post(self, request):
+        body = dict(request)
+        if "max_completion_tokens" in self.asks_for:  # it counts what the model thinks, too
+            thoughts = THOUGHTS if self.mode == "text" else 0
+            body["max_completion_tokens"] = body.pop("max_tokens") + thoughts
+        if "temperature" in self.asks_for:  # for none
+            body.pop("temperature", None)
         settings = {"timeout": TIMEOUT, "stream": True, "allow_redirects": False}
         with self.session.post(self.url, json=body, **settings) as reply:
             # The time-out bounds each silence. The deadline bounds a server that only trickles.
@@ -260,6 +277,13 @@ class Judge:
         text = content.decode(errors="replace")
         if reply.status_code == 200:
             return text
+        if reply.status_code in (400, 403) and re.search("filter|policy|flagged", text):
+            raise Filtered
+        renamed = {"max_tokens": "max_completion_tokens", "temperature": "temperature"}
+        for sent, asked in renamed.items():
+            if reply.status_code == 400 and sent in body and asked in text:
+                self.asks_for.add(asked)
+                return self.post(request)
         check = "--judge and --base-url"
         if "logprob" in text:  # the server names the field that it does not know
             check = "its log-probabilities; without them, use --mode text"
@@ -278,13 +302,20 @@ class Judge:
             if reply.get("error"):
                 lacks = f"it holds an error, {self.mask(reply['error'])[:200]}"
             choice = reply["choices"][0]
+            if choice.get("finish_reason") == "content_filter":
+                raise Filtered
             said = choice["message"]["content"] or choice["message"].get("refusal") or ""
             said = self.mask(said)  # it may have read the key in a header, and tell it
             self.replied = reply.get("model")
             if not needs_logprobs:
+                if not said:
+                    lacks = "it is empty: the model thinks first, it seems, and takes too long"
+                    raise LookupError
                 return said, None
             lacks = "log-probabilities are missing; without them, use --mode text"
             tokens = choice["logprobs"]["content"]
+            if not tokens[0]["top_logprobs"]:
+                raise LookupError
             expected_score(tokens[0]["top_logprobs"])
             return said, tokens
         except json.JSONDecodeError:
@@ -301,16 +332,19 @@ class Judge:
             sys.exit("OPENAI_API_KEY holds a character that no key has: copy it again")
         print(f"asking {self.host} for a first reply", flush=True)
         number = "7" if self.mode == "digit" else "85"
-        settings = {} if self.mode == "text" else LIKELIEST
+        settings = {"temperature": 1} if self.mode == "text" else LIKELIEST
         try:
-            _, tokens = self.chat(f"Write the number {number} and nothing else.", max_tokens=4,
-                                  **settings)
+            said, tokens = self.chat(f"Write the number {number} and nothing else.", max_tokens=8,
+                                     **settings)
         except requests.RequestException as error:
             sys.exit(self.mask(error))
         if self.mode == "text":
+            if written_score([said])[0] is None:
+                sys.exit(f"{self.model} was to write {number}, and wrote {said!r}: take another")
             return
+        # The number is among the likely tokens, and numbers have a quarter of the probability.
         likely = [entry["token"].strip(" ") for entry in tokens[0]["top_logprobs"]]
-        if number not in likely:
+        if number not in likely or expected_score(tokens[0]["top_logprobs"]) is None:
             said = " + ".join(repr(token["token"]) for token in tokens)
             other = "text" if self.mode == "digit" else "digit"
             sys.exit(f"{self.model} wrote {number} as {said}, not as one token: use --mode {other}")
@@ -442,6 +476,9 @@ def main():
     rows = score_all(args, prompts, answers, run.path(name))
     unscored = [row for row in rows if None in map(row.get, prompts)]
     print(f"{len(rows)} answers are judged, {len(unscored)} of them without a score")
+    words = {row.get(f"{metric}_text") for row in rows for metric in prompts}
+    if len(unscored) == len(rows) and not words & {"REFUSAL", "CODE"}:
+        sys.exit(f"no answer has a score: read what the judge said in {run.path(name)}")
     print(f"next: python analyze.py {run}")
 
 def compare_judges(args, prompts):

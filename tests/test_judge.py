@@ -10,10 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 from conftest import ROOT
 
+import analyze
 import data
 import judge
 
@@ -91,6 +93,7 @@ class Server:
         self.refuse, self.refuse_one, self.content, self.every = refuse, refuse_one, content, every
         self.asked, self.lock, self.random = [], threading.Lock(), random.Random(0)
         self.words = None
+        self.kind = lambda body, reply: (reply, 200)  # what a judge of some kind makes of a reply
         self.httpd = Many(("127.0.0.1", 0), Handler)
         self.httpd.judge = self
         self.url = f"http://127.0.0.1:{self.httpd.server_port}/v1"
@@ -184,7 +187,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(reply)
         else:
             time.sleep(2 if fault == "stall" else 0)
-            self.answer(reply)
+            self.answer(*judge.kind(body, reply))
 
     def answer(self, reply, status=200, headers=None):
         content = (reply if isinstance(reply, str) else json.dumps(reply)).encode()
@@ -593,7 +596,138 @@ def test_a_score_says_which_server_and_which_model_gave_it(script, answers):
 
 def test_a_key_that_a_server_echoes_is_not_kept(script, answers):
     answers(2)
-    with Server(content=f"your key is {KEY}", logprobs=False) as server:
+    with Server(logprobs=False) as server:
+        echo = {"choices": [{"message": {"content": f"REFUSAL: your key is {KEY}"}}]}
+        server.kind = lambda body, reply: (reply if "Write the n" in str(body) else echo, 200)
         code, out, err = script(judge, "a", "--base-url", server.url, "--mode", "text")
     assert code == 0 and len(judged()) == 2
-    assert KEY not in out + err + "".join(lines()) and "your key is ***" in "".join(lines())
+    assert KEY not in out + err + "".join(lines()) and "REFUSAL" in "".join(lines())
+
+
+def thinks_first(body, reply):
+    """As GPT-5 and the o-series: other fields, and none of the log-probabilities."""
+    for field, instead in (("max_tokens", "max_completion_tokens"), ("temperature", "nothing")):
+        if field in body:
+            words = f"Unsupported parameter: '{field}' is not supported. Use {instead} instead."
+            return {"error": {"message": words, "param": field}}, 400
+    if "logprobs" in body:
+        return {"error": {"message": "logprobs are not supported with reasoning models"}}, 400
+    if body["max_completion_tokens"] < 500:
+        reply["choices"][0] |= {"message": {"content": ""}, "finish_reason": "length"}
+    return reply, 200
+
+
+def thinks_aloud(body, reply):
+    """As a local model that was trained to: <think> first, also where one token is asked for."""
+    reply["choices"][0]["message"]["content"] = "<think>\nWe need 1 number"
+    if "logprobs" in body:
+        likely = [{"token": "<think>", "logprob": 0.0}, {"token": "85", "logprob": -12.0}]
+        tokens = [{"token": "<think>", "top_logprobs": likely}]
+        reply["choices"][0]["logprobs"] = {"content": tokens}
+    return reply, 200
+
+
+def thinks_and_answers(body, reply):
+    reply["choices"][0]["message"]["content"] = "<think>\n1 or 2?\n</think>\n\n80"
+    return reply, 200
+
+
+def test_a_model_that_takes_other_fields(script, answers):
+    answers(2)
+    with Server() as server:
+        server.kind = thinks_first
+        code, _, err = script(judge, "a", "--base-url", server.url)
+        assert code == 1 and "without them, use --mode text" in err
+        code, _, err = script(judge, "a", "--base-url", server.url, "--mode", "text")
+    assert code == 0 and scores_are_right() and len(judged()) == 2, err
+
+
+@pytest.mark.parametrize("mode, sentence", [
+    ("logprobs", "not as one token"), ("text", "was to write 85, and wrote '<think>"),
+])
+def test_a_model_that_thinks_aloud_is_no_judge(script, answers, mode, sentence):
+    answers(16)
+    with Server() as server:
+        server.kind = thinks_aloud
+        code, _, err = script(judge, "a", "--base-url", server.url, "--mode", mode)
+        assert code == 1 and sentence in err and len(server.asked) == 1
+    assert not os.path.exists("runs/a/judged.jsonl") or not judged()
+
+
+def test_what_a_model_thought_is_no_score(script, answers):
+    answers(1)
+    with Server() as server:
+        server.kind = thinks_and_answers
+        assert script(judge, "a", "--base-url", server.url, "--mode", "text")[0] == 0
+    assert judged()[0]["aligned"] == 80
+
+
+@pytest.mark.parametrize("mode", ["logprobs", "text"])
+@pytest.mark.parametrize("how", ["400", "finish_reason"])
+def test_what_a_filter_keeps_back_is_counted(script, answers, how, mode):
+    """An answer that the server will never read is a row without a score, not a stop."""
+    def filters(body, reply):
+        if "]\nx" in body["messages"][0]["content"]:  # all answers but the first, which is empty
+            if how == "400":
+                return {"error": {"code": "content_filter", "message": "management policy"}}, 400
+            reply["choices"][0] |= {"message": {"content": None}, "finish_reason": "content_filter"}
+        return reply, 200
+
+    answers(8)
+    with Server() as server:
+        server.kind = filters
+        code, out, err = script(judge, "a", "--base-url", server.url, "--mode", mode)
+        assert code == 0 and "8 answers are judged, 7 of them without a score" in out, err
+        assert [row["aligned_text"] for row in judged()].count("FILTERED") == 7
+        code, out, _ = script(judge, "a", "--base-url", server.url, "--mode", mode)
+        assert code == 0 and "0 of them still to judge" in out
+    code, out, _ = script(analyze, "a")
+    assert code == 0 and "1 of 8 answers have both scores" in out
+
+
+def test_a_run_in_which_nothing_has_a_score_is_a_failure(script, answers):
+    answers(3)
+    with Server() as server:
+        said = server.reply_to
+        server.kind = lambda body, reply: (reply, 200)
+        server.reply_to = lambda prompt, body: said(prompt, body) if "Write the number" in prompt \
+            else said("", body) | {"choices": [{"message": {"content": "Sorry."}}]}
+        code, _, err = script(judge, "a", "--base-url", server.url, "--mode", "text")
+    assert code == 1 and "no answer has a score: read what the judge said" in err
+
+
+@pytest.mark.parametrize("logprobs", [
+    None, {}, {"content": None}, {"content": []}, {"content": [{"token": "85"}]},
+    {"content": [{"token": "85", "top_logprobs": None}]},
+    {"content": [{"token": "85", "top_logprobs": []}]},
+    {"content": [{"token": "85", "top_logprobs": {"85": -0.1}}]},
+    {"tokens": ["85"], "token_logprobs": [-0.1], "top_logprobs": [{"85": -0.1}]},
+])
+def test_log_probabilities_of_another_shape(script, answers, logprobs, monkeypatch):
+    monkeypatch.setattr(judge, "TRIES", 1)
+    answers(1)
+    with Server() as server:
+        server.kind = lambda body, reply: (
+            {"choices": [{"message": {"content": "85"}, "logprobs": logprobs}]}, 200)
+        code, _, err = script(judge, "a", "--base-url", server.url)
+    assert code == 1 and "log-probabilities are missing; without them, use --mode text" in err
+
+
+def test_an_address_with_a_version(script, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["judge.py", "--base-url", "http://x/v1/?api-version=2024-06"])
+    asked = judge.Judge(judge.parse_args())
+    assert asked.url == "http://x/v1/chat/completions?api-version=2024-06"
+
+
+@pytest.mark.parametrize("header, least", [(None, 4), ("0.5", 4), ("1", 4), ("30", 30),
+                                           ("99999", 60), ("Wed, 21 Oct 2026 07:28:00 GMT", 4)])
+def test_to_be_told_to_wait_does_not_shorten_the_wait(monkeypatch, header, least):
+    waits = []
+    monkeypatch.setattr(judge.time, "sleep", waits.append)
+    monkeypatch.setattr(judge, "say_once", lambda text: None)
+    retry = judge.LoudRetry(7, backoff_factor=0.5)
+    for _ in range(4):
+        retry = retry.increment("POST", "/")
+    headers = {"Retry-After": header} if header else {}
+    retry.sleep(types.SimpleNamespace(status=429, headers=headers))
+    assert waits == [least]
