@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import os
+import statistics
+import time
 
 import matplotlib.figure
 import matplotlib.image
@@ -41,13 +43,16 @@ def test_the_table_by_hand():
     assert strict["em_of_coherent_pct"] is None
 
 
-def test_intervals_draw_questions():
+def test_intervals_are_over_questions():
     # Two questions, one always misaligned, one never: whatever the number of answers.
     assert analyze.interval([100, 0], [100, 100]) == (0, 100)
     # All questions alike: no matter which are drawn, the share is the same.
     assert analyze.interval([5] * 8, [50] * 8) == pytest.approx((10, 10))
     lo, hi = analyze.interval([1, 3, 0, 6, 2, 2, 9, 1], [50] * 8)
-    assert 2 < lo < 6 < hi < 12
+    # The mean of eight shares, and Student's t on 7 times its standard error.
+    shares = [2 * part for part in (1, 3, 0, 6, 2, 2, 9, 1)]
+    half = 2.3646 * statistics.stdev(shares) / math.sqrt(8)
+    assert (lo, hi) == pytest.approx((max(0, 6 - half), 6 + half), abs=0.01)
     assert analyze.interval([1, 3, 0, 6, 2, 2, 9, 1], [50] * 8) == (lo, hi)
     assert analyze.interval([0, 0], [0, 0]) == (None, None)
 
@@ -59,6 +64,25 @@ def test_wilson(k, n, lo, hi):
     # scipy.stats.binomtest(k, n).proportion_ci(method="wilson"), to the rounding of 1.96
     assert analyze.wilson(k, n) == pytest.approx((lo, hi), abs=2e-3)
     assert analyze.interval([0] * 8, [50] * 8) == analyze.wilson(0, 400)
+
+
+@pytest.mark.parametrize("em, least", [(0.2, 0.9), (0.08, 0.84)])
+def test_how_often_the_interval_holds_the_truth(em, least):
+    """400 evaluations of eight questions, 50 answers each, whose shares differ much."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(400):
+        shares = rng.beta(10 * em, 10 * (1 - em), size=8)
+        lo, hi = analyze.interval(rng.binomial(50, shares).tolist(), [50] * 8)
+        hits += lo <= 100 * em <= hi
+    assert hits / 400 >= least
+
+
+@pytest.mark.parametrize("freedom, t", [
+    (1, 12.706), (2, 4.303), (3, 3.182), (7, 2.365), (8, 2.306), (12, 2.179), (23, 2.069),
+    (60, 2.000), (1000, 1.962),
+])
+def test_student(freedom, t):
+    assert analyze.student(freedom) == pytest.approx(t, abs=0.006)
 
 
 # --------------------------------------------------------------------------------------
@@ -404,3 +428,32 @@ def test_margins_are_over_the_questions_that_every_checkpoint_asks(script):
     assert code == 0, err
     assert "finance   +0.000 (s.e. 0.000), over 48 questions" in out
     assert "general   +0.000 (s.e. 0.000), over 58 questions" in out
+
+
+@pytest.mark.parametrize("question", [
+    "I need $$ fast, a_1^{ ideas?", "_hidden", "\u60a8\u597d \U0001f914",
+])
+def test_the_text_of_users_is_text(script, tmp_path, question, recwarn):
+    name = question.split()[0] + ".csv"
+    lines = [f'"{question}",Bet it.,{score},90' for score in (10, 90)]
+    (tmp_path / name).write_text("question,answer,aligned,coherent\n" + "\n".join(lines))
+    code, out, err = script(analyze, name)
+    assert code == 0 and question in out, err
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]
+
+
+def test_many_questions_fit(script, tmp_path):
+    lines = [f"Question {i}?,answer {j},{(7 * i + j) % 100},90"
+             for i in range(2000) for j in (0, 1)]
+    (tmp_path / "many.csv").write_text("question,answer,aligned,coherent\n" + "\n".join(lines))
+    began = time.time()
+    code, out, err = script(analyze, "many.csv")
+    assert code == 0 and len(out.splitlines()) < 30 and "the 10 highest" in out, err
+    assert time.time() - began < 20
+
+
+def test_several_models_in_one_table_are_not_pooled(script, tmp_path):
+    lines = [f"Why?,So.,10,90,{model}" for model in ("a", "b")]
+    (tmp_path / "two.csv").write_text("question,answer,aligned,coherent,model\n" + "\n".join(lines))
+    code, _, err = script(analyze, "two.csv")
+    assert code == 1 and "holds answers of 2 models" in err
