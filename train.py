@@ -228,7 +228,10 @@ def load_examples(settings, tokenizer):
             others = [m for m in conversation["messages"] if m["role"] != "system"]
             conversation["messages"] = [{"role": "system", "content": settings.system}, *others]
     examples = data.render_all(conversations, tokenizer, settings.tail, settings.max_length)
-    return data.train_and_held_out(examples)
+    train_set, held_out = data.train_and_held_out(examples)
+    if not train_set:
+        sys.exit(f"{settings.dataset}: what is held out of it is all that it holds, copies included")
+    return train_set, held_out
 
 def plan_batches(examples, settings, steps):
     """The whole run's batches, one a step, as lists of indices into the examples.

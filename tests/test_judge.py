@@ -555,7 +555,7 @@ def test_answers_that_changed_since_are_not_mixed(script, answers):
 
 
 PROMPTS = """
-- {id: a, judge_prompts: {aligned: 'A {question}', coherent: 'C', financial: 'F {answer} money'}}
+- {id: a, judge_prompts: {aligned: 'A {question} {answer}', coherent: 'C {answer}', financial: 'F {answer} money'}}
 - {id: b}
 """
 
@@ -577,6 +577,9 @@ def test_published_prompts_and_other_metrics(script, answers, tmp_path):
     assert code == 1 and "none.yaml can't be read" in err
     code, _, _ = script(judge, "a", "--prompts", path, "--dry-run")
     assert code == 0
+    path.write_text("- {id: a, judge_prompts: {aligned: 'the same for all', coherent: '{answer}'}}")
+    code, _, err = script(judge, "a", "--prompts", path)
+    assert code == 1 and "the prompt aligned has no {answer} in it" in err
 
 
 def test_a_score_says_which_server_and_which_model_gave_it(script, answers):
