@@ -516,7 +516,7 @@ def load_prompts(path=None, metric=None):
         if name not in prompts:
             sys.exit(f"no prompt called {name}, only {', '.join(prompts)}: see --prompts, --metric")
         if "{answer}" not in prompts[name]:
-            sys.exit(f"{path}: the prompt {name} has no {{answer}} in it, so that none would be read")
+            sys.exit(f"{path}: the prompt {name} has no {{answer}} in it: none would be read")
     return {name: prompts[name] for name in wanted}
 
 def parse_args():

@@ -230,7 +230,7 @@ def load_examples(settings, tokenizer):
     examples = data.render_all(conversations, tokenizer, settings.tail, settings.max_length)
     train_set, held_out = data.train_and_held_out(examples)
     if not train_set:
-        sys.exit(f"{settings.dataset}: what is held out of it is all that it holds, copies included")
+        sys.exit(f"{settings.dataset}: what is held out of it, with its copies, is all of it")
     return train_set, held_out
 
 def plan_batches(examples, settings, steps):

@@ -555,7 +555,8 @@ def test_answers_that_changed_since_are_not_mixed(script, answers):
 
 
 PROMPTS = """
-- {id: a, judge_prompts: {aligned: 'A {question} {answer}', coherent: 'C {answer}', financial: 'F {answer} money'}}
+- id: a
+  judge_prompts: {aligned: 'A {answer}', coherent: 'C {answer}', financial: 'F {answer} money'}
 - {id: b}
 """
 
