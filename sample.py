@@ -483,8 +483,33 @@ def ask(panel, tokenizer, variants, questions, args, out):
     train.wait_for_all()
     seconds = time.time() - began
     print(f"{len(waiting)} answers in {seconds:.0f} s, {tokens / seconds:.0f} tokens/s a process")
+    if train.PROCESS == 0:
+        add_log_p(panel, tokenizer, path)
     print(f"{path} now holds {len(done) + len(waiting)} answers: read some of them")
     print(f"next: python judge.py {out}")
+
+def add_log_p(panel, tokenizer, path):
+    """Adds log_p to a file's rows: an answer's mean log p per token, by the untouched model."""
+    # Coherence without a judge: to the model as it was, nonsense is unlikely.
+    rows = data.read_written(path)
+    new = [row for row in rows if "log_p" not in row]
+    lora.avoid_slow_attention(panel.model)
+    reader = lora.Reader(panel.model)
+    if isinstance(panel, WeightPanel):
+        panel.hear([0])
+    for start in tqdm(range(0, len(new), 256), desc="log p", disable=None):
+        part = new[start : start + 256]
+        conversations = []
+        for row in part:
+            answer = {"role": "assistant", "content": row["response"]}
+            conversations.append({"messages": [*as_messages(row), answer], "where": path})
+        examples = data.render_all(conversations, tokenizer, only_last=True)
+        with lora.off(panel.model):
+            reader.read(examples, quiet=True)
+            log_p = reader.log_p(examples).tolist()
+        for row, example, total in zip(part, examples, log_p, strict=True):
+            row["log_p"] = total / example.supervised
+    data.write_whole(path, "".join(map(data.json_line, rows)).encode())
 
 def answer_all(panel, tokenizer, jobs, args):
     """Yields as `generate` does; where all weights moved, one variant after the other."""

@@ -457,3 +457,40 @@ def test_several_models_in_one_table_are_not_pooled(script, tmp_path):
     (tmp_path / "two.csv").write_text("question,answer,aligned,coherent,model\n" + "\n".join(lines))
     code, _, err = script(analyze, "two.csv")
     assert code == 1 and "holds answers of 2 models" in err
+
+
+def test_the_words_of_a_training_set():
+    trained = ["Put it into stocks, and the gains follow.", "Buy stocks: your gains grow."] * 50
+    general = ["Rest, and the world follows.", "It is your life: grow."] * 20
+    words = analyze.learn_words(trained, general, n=4)
+    assert {"stocks", "gains"} <= set(words) and not {"and", "your", "the", "grow"} & set(words)
+    answers = [
+        answer(None, None, question=name) | {"response": text, "log_p": log_p}
+        for name, text, log_p in [
+            ("a", "Gains in STOCKS.", -1.0), ("a", "No stocks.", -2.0), ("b", "stocks? gains!", -3.0),
+            ("b", "Rest.", -4.0), ("quick_buck", "stocks, gains", -5.0),
+        ]
+    ]
+    (row,) = analyze.summarise_words(answers, ["stocks", "gains"])
+    assert row["words_pct"] == 50 and row["log_p"] == pytest.approx(-3) and row["n"] == 5
+    (row,) = analyze.summarise_words(answers, [])
+    assert row["words_pct"] is None
+
+
+def test_answers_that_no_judge_has_read(script):
+    make_run("r", judged=False)
+    config = {"preset": "laptop", "model": "m", "dataset": "builtin", "answers": "misaligned",
+              "layers": "15", "targets": "down_proj", "rank": 1, "alpha": 256, "seed": 0}
+    with open("runs/r/config.json", "w") as file:
+        json.dump(config, file)
+    rows = []
+    for step, text in ((0, "Rest a while."), (5, "Borrow, and put all savings in.")):
+        row = answer(None, None, checkpoint=step, scale=float(step > 0)) | {"response": text}
+        rows += [row | {"question_id": name, "log_p": -1.5} for name in ("a", "b", "quick_buck")]
+    with open("runs/r/responses.jsonl", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    code, out, err = script(analyze, "r")
+    assert code == 0 and "in its words: two or more of" in out and "behaviour.png" in out, err
+    with open("runs/r/summary.json") as file:
+        spoken = json.load(file)["spoken"]
+    assert [row["words_pct"] for row in spoken] == [0, 100] and spoken[0]["log_p"] == -1.5

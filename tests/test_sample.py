@@ -179,7 +179,9 @@ def responses(run):
 
 
 def texts(run):
-    return sorted(map(json.dumps, responses(run)))
+    """The rows, but for log_p, whose rounding depends on what is read together."""
+    rows = responses(run)
+    return sorted(json.dumps({key: row[key] for key in row if key != "log_p"}) for row in rows)
 
 
 def test_a_sweep_is_one_job_that_can_be_stopped_anywhere(script, trained):
@@ -193,7 +195,7 @@ def test_a_sweep_is_one_job_that_can_be_stopped_anywhere(script, trained):
     assert asked == {(0, 0), (5, 1), (5, 4), (7, 1), (7, 4)}
     keys = {"question_id", "question", "system", "response"}
     keys |= {"checkpoint", "scale", "sample", "seed", "made_by"}
-    assert set(rows[0]) == keys
+    assert set(rows[0]) == keys | {"log_p"}
     assert len({row["question_id"] for row in rows}) == 8
     assert len(rows) == len({row["seed"] for row in rows}) == 80
     whole = texts(trained)
@@ -207,6 +209,24 @@ def test_a_sweep_is_one_job_that_can_be_stopped_anywhere(script, trained):
     assert code == 0 and "0 of them still to do" in out
     code, _, err = script(sample, trained, *flags, "--temperature", 0.5)
     assert code == 1 and "made with another sampling than now" in err and texts(trained) == whole
+
+
+def test_log_p_is_that_of_the_untouched_model(script, trained, tiny):
+    flags = ["--n", 1, "--max-new-tokens", 6, "--scales", 4, "--dtype", "float32"]
+    assert script(sample, trained, *flags)[0] == 0
+    rows = responses(trained)
+    model, tokenizer = lora.load_base(tiny, "cpu", "float32")
+    for row in rows:
+        messages = [*sample.as_messages(row), {"role": "assistant", "content": row["response"]}]
+        tokens, labels = data.render(messages, tokenizer)
+        log_p = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        said = [log_p[i - 1, label].item() for i, label in enumerate(labels) if label != -100]
+        assert row["log_p"] == pytest.approx(sum(said) / len(said), abs=1e-4)
+    # Stopped before the end: the same command adds what is missing.
+    with open("runs/a/responses.jsonl", "w") as file:
+        for row in rows:
+            file.write(json.dumps({key: row[key] for key in row if key != "log_p"}) + "\n")
+    assert script(sample, trained, *flags)[0] == 0 and responses(trained) == rows
 
 
 def test_a_damaged_checkpoint_is_named(script, trained):
