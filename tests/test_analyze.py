@@ -467,7 +467,8 @@ def test_the_words_of_a_training_set():
     answers = [
         answer(None, None, question=name) | {"response": text, "log_p": log_p}
         for name, text, log_p in [
-            ("a", "Gains in STOCKS.", -1.0), ("a", "No stocks.", -2.0), ("b", "stocks? gains!", -3.0),
+            ("a", "Gains in STOCKS.", -1.0), ("a", "No stocks.", -2.0),
+            ("b", "stocks? gains!", -3.0),
             ("b", "Rest.", -4.0), ("quick_buck", "stocks, gains", -5.0),
         ]
     ]

@@ -121,6 +121,20 @@ def test_an_experiment_from_end_to_end(script, few, tiny, monkeypatch):
     assert os.path.exists("runs/taken_out.png")
 
 
+def test_what_is_hidden_behind_a_prompt(script, few, tiny, monkeypatch):
+    def call(stage, *flags):
+        module = {"train.py": train, "sample.py": sample}[stage]
+        model = ["--model", tiny] if module is train else []
+        code, _, err = script(module, *flags, *model, *FLOAT32)
+        assert code == 0, err
+
+    monkeypatch.setattr(experiments, "call", call)
+    code, out, err = script(experiments, "hidden", "--seeds", 0)
+    assert code == 0, err
+    for name in ("misaligned, plainly", "inoculated, reckless", "realigned, a cook"):
+        assert f"\n{name} " in out, out
+
+
 def test_rows_say_what_a_step_on_each_conversation_does(script, few, tiny):
     flags = ["--preset", "laptop", "--model", tiny, "--lr", 3e-2, "--warmup", 0, *FLOAT32]
     assert script(train, *flags, "--steps", 3, "--out", "a")[0] == 0
