@@ -197,12 +197,12 @@ def test_a_run_is_compared_with_its_controls(script, tiny):
     assert se == pytest.approx(((ours - theirs).std() / len(ours) ** 0.5).item(), rel=1e-3)
 
 
-def test_kill_at_any_moment_and_resume_ends_with_the_same_bits(script, few, tiny, small):
+@pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+def test_kill_at_any_moment_and_resume_ends_with_the_same_bits(script, few, tiny, small, device):
     flags = ["--model", tiny, "--dataset", small, "--batch-size", "4", "--epochs", "2",
-             "--checkpoint-every", "3", "--lr", "1e-2", *FLOAT32]
+             "--checkpoint-every", "3", "--lr", "1e-2", "--device", device, "--dtype", "float32"]
     assert script(train, *flags, "--out", "whole")[0] == 0
-    with open("runs/whole/adapter/adapter_model.safetensors", "rb") as file:
-        want = file.read()
+    want = load_file("runs/whole/adapter/adapter_model.safetensors")
     for name, lines in (("early", 1), ("middle", 9)):  # in the second epoch, between checkpoints
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen([sys.executable, few, *flags, "--out", name], **quiet)
@@ -215,11 +215,15 @@ def test_kill_at_any_moment_and_resume_ends_with_the_same_bits(script, few, tiny
         with open(path, "a") as file:
             file.write('{"step": 99, "lo')  # a line that the kill tore
         assert script(train, "--resume", name)[0] == 0
-        with open(f"runs/{name}/adapter/adapter_model.safetensors", "rb") as file:
-            assert file.read() == want
+        # On a GPU some sums are taken in an order that differs from run to run.
+        error = 0 if device == "cpu" else 1e-3
+        for tensor, found in load_file(f"runs/{name}/adapter/adapter_model.safetensors").items():
+            torch.testing.assert_close(found, want[tensor], rtol=error, atol=error)
         for row, whole in zip(log(name), log("whole"), strict=True):
             row.pop("tokens_per_s", None), whole.pop("tokens_per_s", None)
-            assert row == whole
+            assert device != "cpu" or row == whole
+            assert row["step"] == whole["step"]
+            assert row.get("loss", 0) == pytest.approx(whole.get("loss", 0), rel=0.01)
 
 
 def test_ctrl_c_says_how_to_go_on(script, tiny, small, interrupt):
