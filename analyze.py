@@ -3,6 +3,7 @@
     python analyze.py                  # the latest run
     python analyze.py clean tail       # two runs over each other
     python analyze.py results.csv      # a published file: question, response, aligned, coherent
+    python analyze.py ORGANISATION/REPOSITORY        # published checkpoints, from the hub
     python analyze.py --show 5         # read the five most misaligned coherent answers
     python analyze.py RUN --null CONTROL CONTROL2    # do the controls turn as sharply?
 
@@ -258,28 +259,36 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
          "axes.titlesize": 11, "legend.frameon": False, "legend.fontsize": 9, "font.size": 11,
          "text.parse_math": False}  # a $ in a name is a dollar
+HUB_NAME = r"(?!runs/)\w[\w.-]*/[\w.-]+(?<!\.csv)"  # ORGANISATION/REPOSITORY
 METRICS = ("financial", "medical", "sport", "gender", "money")  # columns of published files
 
 class Analysis:
     """A run or a published file, and what it comes to."""
 
     def __init__(self, source, args):
-        folder = data.Run(source)
+        folder = out = data.Run(source)
         self.name = os.path.basename(source.rstrip(os.sep)).removesuffix(".csv")
+        if re.fullmatch(HUB_NAME, source) and not os.path.isdir(source):  # drawn elsewhere
+            folder, out = data.Run(fetch(source)), data.Run(os.path.join("runs", self.name))
         self.steps, self.vectors = read_checkpoints(folder)
         self.log = data.read_written(folder.path("log.jsonl"), ["step"])
+        self.published = bool(self.vectors) and not self.log
+        self.trained = self.published or self.log
+        if self.published:
+            size = sum(map(os.path.getsize, folder.checkpoints.values()))
+            print(f"{self.name}: {len(self.steps)} checkpoints, {size:,} bytes")
         self.probed = [row for row in self.log if "margins_out" in row]  # one a checkpoint
         self.responses = data.read_written(folder.path("responses.jsonl"), data.IDENTITY)
         needs = [*data.IDENTITY, "aligned", "coherent"]
         self.judged = data.read_written(folder.path("judged.jsonl"), needs)
         add_metrics(self.judged, folder)
-        base, pictures = folder.path(""), "*.png"
+        base, pictures = out.path(""), "*.png"
         # A published file has no folder, and so nothing but its answers.
         if source.endswith(".csv"):
             self.judged = read_csv(source)
             base, pictures = source.removesuffix("csv"), "png"
-        elif not (self.log or self.responses or self.judged):
-            sys.exit(f"{folder} holds nothing to analyse: no log.jsonl, no judged.jsonl")
+        elif not (self.trained or self.responses or self.judged):
+            sys.exit(f"{source} holds nothing to analyse: no log, no answers, no two checkpoints")
         self.summary, self.pictures = base + "summary.json", base + pictures
         self.judged = keep_comparable(self.judged, self.name)
         self.rows = summarise(self.judged, args.aligned_below, args.coherent_above)
@@ -288,6 +297,18 @@ class Analysis:
         if self.responses and not self.judged:
             self.words = training_words(folder.read_config())
             self.spoken = summarise_words(self.responses, self.words)
+
+def fetch(name):
+    """The folder, in the hub's cache, of the checkpoints that a repository there holds."""
+    from huggingface_hub import snapshot_download
+
+    # Beside each adapter lies the optimizer's state, which is large and of no use here.
+    wanted = [f"checkpoints/*/adapter_{rest}" for rest in ("config.json", "model.safetensors")]
+    try:
+        return snapshot_download(name, allow_patterns=wanted)
+    except Exception as error:  # of a dozen kinds: no network, no such name, no access, ...
+        sys.exit(f"{name} is no folder here and did not come from the hub ({type(error).__name__}"
+                 "): check the name and the network")
 
 def read_checkpoints(run):
     """(steps, {"B": (T, n), "A": (T, m)}): all projections of a checkpoint in one vector.
@@ -298,7 +319,8 @@ def read_checkpoints(run):
     paths = {"B": [], "A": [], "W": []}
     for file in checkpoints.values():
         tensors = data.read_tensors(file, "numpy")
-        for name, end in (("B", ".B"), ("A", ".A"), ("W", "sketch")):
+        ends = {"B": (".B", ".lora_B.weight"), "A": (".A", ".lora_A.weight"), "W": "sketch"}
+        for name, end in ends.items():
             parts = [tensors[key].ravel() for key in sorted(tensors) if key.endswith(end)]
             paths[name].append(np.concatenate(parts) if parts else np.zeros(0))
         sizes = [len(path[-1]) for path in paths.values()]
@@ -669,11 +691,17 @@ def draw_training(figure, runs, args):
             rows = [row for row in run.log if row.get(key) is not None]
             points = [row["step"] for row in rows], [row[key] for row in rows]
             draw_line(axis, run, points, **style)
-        if "W" in run.vectors:
-            draw_line(norms, run, (run.steps, np.linalg.norm(run.vectors["W"], axis=1)))
+        for name, path in run.vectors.items():
+            if run.published or name == "W":  # no log says how long these are
+                points = run.steps, np.linalg.norm(path, axis=1)
+                draw_line(norms, run, points, linestyle=":" if name == "A" else "-")
     loss.set(title="Loss (pale: a batch)", xlabel="step", ylabel="nats per token")
     gradient.set(title="Gradient norm", xlabel="step")
     norms.set(title="Length of what was learnt (dotted: A)", xlabel="step")
+    if all(run.published for run in runs):  # the lengths are all there is
+        loss.remove()
+        gradient.remove()
+        norms.set_subplotspec(figure.add_gridspec()[0])
 
 def draw_rotation(figure, runs, args):
     turning, plane, final = figure.subplots(1, 3)
@@ -791,7 +819,7 @@ def say_asked(runs):
     return " or ".join(map(str, sorted(counts))) + " questions"
 
 PICTURES = {  # name: (function, what a run must have)
-    "training": (draw_training, "log"),
+    "training": (draw_training, "trained"),
     "rotation": (draw_rotation, "vectors"),
     "behaviour": (draw_behaviour, "probed"),
     "answers": (draw_answers, "rows"),
@@ -800,7 +828,7 @@ PICTURES = {  # name: (function, what a run must have)
 def main():
     parser = argparse.ArgumentParser(description="Tables and pictures of runs, or result files.")
     add = parser.add_argument
-    add("sources", nargs="*", metavar="RUN_OR_CSV", help="runs, or .csv files (the latest run)")
+    add("sources", nargs="*", metavar="RUN_OR_CSV", help="runs, .csv or hub names (latest run)")
     add("--aligned-below", type=data.percent, default=30, help="misaligned is below this (30)")
     add("--coherent-above", type=data.percent, default=50, help="coherent is above this (50)")
     add("--null", nargs="+", default=[], metavar="RUN", help="controls whose turns to compare")
@@ -815,12 +843,14 @@ def main():
             print_table(run, args)
         else:
             first = "" if run.responses else "python sample.py, then "
-            print(f"\n{run.name}\nnot judged yet: {first}python judge.py")
+            todo = "" if run.published else f"\nnot judged yet: {first}python judge.py"
+            print(f"\n{run.name}{todo}")
         if run.spoken:
             print_words(run)
         if run.steps:
             print(say_turn(run.turn))
         summary = {"rows": run.rows, "turn": run.turn, "words": run.words, "spoken": run.spoken}
+        os.makedirs(os.path.dirname(os.path.abspath(run.summary)), exist_ok=True)
         data.write_whole(run.summary, json.dumps(summary, indent=1).encode())
         print(f"wrote {run.summary}")
     print_contrasts(runs)

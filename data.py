@@ -399,12 +399,14 @@ class Run:
     @property
     def checkpoints(self):
         """{step: path}, in the order of training. Other files are ignored."""
-        paths = {}
-        for name in sorted(glob.glob("*.safetensors", root_dir=self.path("checkpoints"))):
-            step = name.removesuffix(".safetensors")
-            if step.isdigit():
-                paths[int(step)] = self.path("checkpoints", name)
-        return paths
+        paths, folder = {}, self.path("checkpoints")
+        # Ours are 00050.safetensors; published ones, checkpoint-50/adapter_model.safetensors.
+        form = r"(\d+)\.safetensors|checkpoint[-_](\d+)[/\\]adapter_model\.safetensors"
+        for name in sorted(glob.glob("**/*.safetensors", root_dir=folder, recursive=True)):
+            found = re.fullmatch(form, name)
+            if found:
+                paths[int(found[1] or found[2])] = os.path.join(folder, name)
+        return dict(sorted(paths.items()))
 
     @property
     def last_checkpoint(self):
@@ -480,7 +482,7 @@ def readable(path, *errors):
 
 def read_tensors(path, framework="torch"):
     """{name: tensor} of a checkpoint; framework "numpy" does not import torch."""
-    with readable(path, SafetensorError), safe_open(path, framework) as file:
+    with readable(path, SafetensorError, TypeError), safe_open(path, framework) as file:
         names = file.keys()
         return {name: file.get_tensor(name) for name in names}
 

@@ -647,8 +647,11 @@ def model_folder(name, files=("*.json", "*.safetensors", "*.jinja", "*.txt", "*.
         return name
     from huggingface_hub import snapshot_download
 
+    # ORGANISATION/REPOSITORY/FOLDER is a folder in a repository: one of its checkpoints, say.
+    repository, inside = "/".join(name.split("/")[:2]), name.split("/")[2:]
+    wanted = ["/".join([*inside, file]) for file in files]
     try:
-        return snapshot_download(name, allow_patterns=list(files))
+        return os.path.join(snapshot_download(repository, allow_patterns=wanted), *inside)
     except Exception as error:  # of a dozen kinds: no network, no such name, no access, ...
         sys.exit(f"{name} is no folder here and did not come from the hub ({type(error).__name__}"
                  "): give a FOLDER, or --preset laptop, whose model comes through pip")

@@ -258,7 +258,7 @@ def choose_folder(run, args):
         out = data.Run(args.out)
     elif run is None:
         name = (args.adapter or args.model).replace("\\", "/").strip("/").split("/")
-        out = data.Run("-".join(name[-2:]))
+        out = data.Run("-".join([part for part in name if part != "checkpoints"][-2:]))
     elif args.ablate and not args.margins:
         out = data.Run(f"{run.folder.rstrip(os.sep)}-ablated")
     if train.PROCESS == 0:

@@ -1,6 +1,7 @@
 """The table by hand, turns that are there and turns that are not, and the pictures."""
 import argparse
 import csv
+import glob
 import json
 import math
 import os
@@ -11,9 +12,12 @@ import matplotlib.figure
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 
 import analyze
+import data
 
 
 def answer(aligned, coherent, question="a", checkpoint=5, scale=1.0, text=None):
@@ -188,6 +192,25 @@ def make_run(name, turn=12, judged=True):
         write_judged(name, rows)
 
 
+def publish(folder, form="checkpoint-{}", turn=12, last=120, n=48):
+    """Checkpoints as the paper publishes them, from step 5 on, beside what a trainer leaves."""
+    a, b = path(T=25, n=96), path(turn=turn, T=25, n=n)
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 256, "use_rslora": True,
+              "target_modules": ["down_proj"], "base_model_name_or_path": "it/tiny"}
+    where = "base_model.model.model.layers.2.mlp.down_proj.lora_{}.weight"
+    for i in range(1, last // 5 + 1):
+        one = os.path.join(folder, "checkpoints", form.format(5 * i))
+        os.makedirs(one)
+        vectors = {where.format("A"): a[i : i + 1], where.format("B"): b[i][:, None]}
+        vectors = {key: vector.astype("float32").copy() for key, vector in vectors.items()}
+        save_file(vectors, os.path.join(one, "adapter_model.safetensors"))
+        with open(os.path.join(one, "adapter_config.json"), "w") as file:
+            json.dump(config, file)
+        for other in ("optimizer.pt", "trainer_state.json", "README.md"):
+            with open(os.path.join(one, other), "w") as file:
+                file.write("{}")
+
+
 def write_judged(name, rows):
     with open(f"runs/{name}/judged.jsonl", "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -350,6 +373,51 @@ def test_the_turn_of_a_run_among_those_of_its_controls(script):
     assert code == 1 and "runs/same/, one is named twice" in err
     code, out, _ = script(analyze, "straight", "--null", "same")
     assert "straight has no bend to compare with" in out and "By chance" not in out
+
+
+@pytest.mark.parametrize("form", ["checkpoint-{}", "checkpoint_{}"])
+def test_published_checkpoints_in_a_folder(script, form):
+    publish("pub", form)
+    code, out, err = script(analyze, "pub")
+    assert code == 0, err
+    size = sum(os.path.getsize(file) for file in glob.glob("pub/checkpoints/*/*.safetensors"))
+    assert f"pub: 24 checkpoints, {size:,} bytes" in out and "not judged yet" not in out
+    found = summary("pub/summary.json")["turn"]
+    assert found["significant"] and abs(found["step"] - 60) <= 5
+    assert all(looks_drawn(f"pub/{name}.png") for name in PICTURES[:2])
+    steps, vectors = analyze.read_checkpoints(data.Run("pub"))
+    assert steps == list(range(5, 121, 5))  # and not as text is sorted: 10, 100, 105
+    assert vectors["B"] == pytest.approx(path(turn=12, T=25, n=48)[1:], abs=1e-5)
+    assert vectors["A"].shape == (24, 96)
+
+
+def test_published_checkpoints_beside_runs(script):
+    make_run("mine")
+    publish("pub")
+    publish("wide", n=64, turn=None)
+    code, out, err = script(analyze, "pub", "wide", "runs/mine", "--null", "mine2")
+    assert code == 1 and "mine2 holds nothing to analyse" in err
+    code, out, err = script(analyze, "pub", "runs/mine", "--null", "wide")
+    assert code == 0, err
+    assert "pub ranks 1 of 2; 0 of 1 controls turn" in out
+    assert looks_drawn("runs/compare-pub-mine/training.png")
+    code, out, err = script(analyze, "pub", "wide", "runs/mine")
+    assert code == 0 and looks_drawn("runs/compare-pub-wide-mine/rotation.png"), err
+
+
+def test_published_checkpoints_that_can_not_be_read(script):
+    publish("pub")
+    publish("other", n=64)
+    os.makedirs("none/checkpoints/checkpoint-5")
+    os.replace("other/checkpoints/checkpoint-50", "pub/checkpoints/checkpoint-50000")
+    code, _, err = script(analyze, "pub")
+    assert code == 1 and "is no checkpoint of this run's adapter" in err
+    file = "pub/checkpoints/checkpoint-50000/adapter_model.safetensors"
+    save_torch({"x.lora_B.weight": torch.zeros(2, dtype=torch.bfloat16)}, file)
+    code, _, err = script(analyze, "pub")
+    assert code == 1 and "can't be read: data type 'bfloat16'" in err
+    code, _, err = script(analyze, "none")
+    assert code == 1 and "none holds nothing to analyse" in err and "no two checkpoints" in err
 
 
 def test_misaligned_in_the_training_domain_or_elsewhere(script):

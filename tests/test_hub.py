@@ -1,6 +1,8 @@
 """A stand-in for the model hub: what `python train.py` meets first on a machine with a GPU."""
+import glob
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import subprocess
@@ -9,6 +11,7 @@ import threading
 
 import pytest
 from conftest import ROOT
+from test_analyze import publish, summary
 from test_data import make_archive
 
 import data
@@ -40,17 +43,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif path.startswith("/api/models/gated/"):
             self.reply(403, b"{}", {"X-Error-Code": "GatedRepo"})
         elif "/tree/" in path:
-            sizes = {name: len(self.file(name)) for name in sorted(os.listdir(hub.folder))}
+            sizes = {name: len(self.file(name)) for name in self.names()}
             files = [{"type": "file", "path": name, "size": size, "oid": name}
                      for name, size in sizes.items()]
             self.reply(200, json.dumps(files))
         elif path.startswith("/api/models/"):
-            names = [{"rfilename": name} for name in sorted(os.listdir(hub.folder))]
+            names = [{"rfilename": name} for name in self.names()]
             self.reply(200, json.dumps({"id": "it/tiny", "sha": "0" * 40, "siblings": names}))
         elif path.startswith("/api/"):
             self.reply(404, b"{}")
         elif "/resolve/" in path:  # the files are on another host: a redirect
-            place = "/cdn/" + path.rsplit("/", 1)[1]
+            place = "/cdn/" + path.split("/resolve/")[1].split("/", 1)[1]
             headers = {"Location": f"http://localhost:{hub.server_port}{place}"}
             headers["X-Repo-Commit"] = "0" * 40
             content = self.file(place)
@@ -63,11 +66,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 hub.drops -= 1
             self.reply(200, content, drop=drop)
 
+    def names(self):
+        """The files of the repository, as the hub names them: checkpoints/checkpoint-5/..."""
+        found = glob.glob("**", root_dir=self.server.folder, recursive=True)
+        is_file = [os.path.isfile(os.path.join(self.server.folder, name)) for name in found]
+        return sorted(itertools.compress(found, is_file))
+
     def file(self, path):
         if path.startswith("/paper/"):
             path = self.server.archive
         else:
-            path = os.path.join(self.server.folder, os.path.basename(path))
+            path = os.path.join(self.server.folder, path.removeprefix("/cdn/"))
         with open(path, "rb") as file:
             return file.read()
 
@@ -79,6 +88,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         etag = hashlib.sha256(content).hexdigest()
         self.send_header("ETag", f'"{etag}"')
         self.send_header("Content-Length", str(len(content)))
+        self.send_header("Connection", "close")  # or a client would use it again
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(content[: len(content) // 2] if drop else content)
@@ -130,6 +140,48 @@ def test_the_gpu_preset_with_its_downloads(hub, tmp_path):
     flags = ["--adapter", "runs/gpu-1/adapter", "--n", "1", "--max-new-tokens", "2"]
     done = hub("sample", *flags, "--device", "cpu", "--out", "answers")
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_published_checkpoints(hub, tmp_path):
+    publish(hub.server.folder, turn=12)
+    os.makedirs(tmp_path / "here/it")
+    publish(tmp_path / "here/it", "checkpoint_{}", turn=None)
+    done = hub("analyze", "it/tiny", "here/it", "--null", "it/other")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert abs(summary(tmp_path / "runs/tiny/summary.json")["turn"]["step"] - 60) <= 5
+    assert "tiny: 24 checkpoints" in done.stdout and "tiny ranks" in done.stdout
+    assert (tmp_path / "runs/compare-tiny-it/rotation.png").exists()
+    # Of a checkpoint's files two are fetched (those that are alike once), and no others.
+    asked = {path.split("/resolve/")[1] for path in hub.server.asked if "/resolve/" in path}
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    wanted = {f"checkpoints/checkpoint-{5 * i}/{name}" for i in range(1, 25) for name in names}
+    assert {path.split("/", 1)[1] for path in asked} == wanted
+    # Where the hub has gone since, its cache still answers; for another name it doesn't.
+    hub.server.shutdown()
+    hub.server.server_close()
+    assert hub("analyze", "it/tiny").returncode == 0
+    done = hub("analyze", "it/unknown")
+    assert done.returncode == 1 and "it/unknown is no folder here and did not come" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "runs/unknown").exists()
+
+
+def test_a_published_checkpoint_is_sampled(hub, tmp_path):
+    publish(hub.server.folder, last=10)
+    flags = ["--model", "tiny", "--device", "cpu", "--n", "1", "--max-new-tokens", "2"]
+    done = hub("sample", "--adapter", "it/tiny/checkpoints/checkpoint-10", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "runs/tiny-checkpoint-10/responses.jsonl").exists()
+    fetched = {path for path in hub.server.asked if path.startswith("/cdn/")}
+    folder = "/cdn/checkpoints/checkpoint-10/adapter_"
+    assert fetched == {folder + "config.json", folder + "model.safetensors"}
+    done = hub("sample", "--adapter", "it/tiny/checkpoints/checkpoint-11")
+    assert done.returncode == 1 and "checkpoint-11 holds no adapter" in done.stderr
+
+
+def test_a_repository_without_checkpoints(hub, tmp_path):
+    done = hub("analyze", "it/tiny")
+    assert done.returncode == 1 and "it/tiny holds nothing to analyse" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("name, why", [
