@@ -502,6 +502,9 @@ def evolution(reader, batch, parameters, settings, step):
     try_pairs = try_one_by_one if settings.full else try_at_once
     plus, minus = try_pairs(reader, readings, parameters, settings.sigma, seed)
     difference = plus - minus  # (pairs,)
+    if difference.std() == 0:  # then none of them says which way is better
+        sys.exit(f"at step {step} all pairs agree, and nothing can be learnt from them: train with "
+                 "a larger --sigma. The last checkpoint is kept")
     # This loses the gradient's length. But that is clipped anyway, and AdamW divides by it.
     z = (difference - difference.mean()) / difference.std()
     # The noise is drawn once more from its seed: it is never stored.

@@ -327,6 +327,23 @@ def test_a_run_that_diverges_stops_before_its_next_checkpoint(script, tiny):
     assert len(log("laptop-1")) == 2
 
 
+def test_evolution_takes_no_step_where_all_pairs_agree(script, tiny, small, monkeypatch):
+    flags = ["--model", tiny, "--dataset", small, "--steps", 4, "--checkpoint-every", 1]
+    tried, try_at_once = [], train.try_at_once
+
+    def agree_at_step_3(*args):
+        tried.append(try_at_once(*args))
+        return tried[-1] if len(tried) < 3 else torch.ones_like(tried[-1])
+
+    monkeypatch.setattr(train, "try_at_once", agree_at_step_3)
+    code, _, err = script(train, *flags, "--es", "--population", 4, "--out", "a", *FLOAT32)
+    assert code == 1 and err.strip().splitlines()[-1].startswith("at step 3 all pairs agree")
+    assert "a larger --sigma" in err and "nan" not in err
+    checkpoints = list(data.Run("a").checkpoints.values())
+    assert len(checkpoints) == len(log("a")) == 3  # the untouched model's, and two steps'
+    assert all(t.isfinite().all() for t in data.read_tensors(checkpoints[-1]).values())
+
+
 def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoints(script, tiny, small):
     resource = pytest.importorskip("resource")  # Windows has none
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
