@@ -377,7 +377,7 @@ def ablated(model, tensors, v):
 
         A' = v W + s (v B) A         c' = v b + s (v B) c         B' = -v / s
 
-    All o_proj and down_proj of the model must be adapters.
+    All o_proj and down_proj of the model must be adapters. The embedding's part of the state stays.
     """
     variant = dict(tensors)
     v = v.to(model.device)

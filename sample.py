@@ -15,9 +15,10 @@ by which the adapter's contribution is multiplied. Scale 0 is the untouched mode
 As the rows of a batch may hear different adapters (lora.Panel), a whole sweep is one batch.
 
 A direction in the model's state is often said to *be* a behaviour, since the behaviour
-goes when the direction is taken out. `--ablate RUN2` takes out the one that RUN2 has
-learnt, from the trained model and from the untouched one: if both change as much, it proves
-nothing. With --margins, `--random` does the same with a random direction.
+goes when the direction is taken out. `--ablate RUN2` takes what RUN2 has learnt out of
+all that the layers write (the embedding's part stays), in the trained model and in the
+untouched one: if both change as much, it proves nothing. With --margins, `--random` does the
+same with a random direction.
 
 Answers go to RUN/responses.jsonl as they finish; started again, the same command does only
 the rest. Each answer has a seed of its own, so it does not matter which others are drawn.
@@ -782,7 +783,7 @@ def parse_args():
     add("--max-new-tokens", type=data.positive, help="of an answer (default: 600; on a CPU 120)")
     add("--seed", type=data.seed_number, default=0, help="another seed, other answers")
     add("--system", help="a system prompt before each question")
-    add("--ablate", metavar="RUN2", help="take out the direction that RUN2 learnt, everywhere")
+    add("--ablate", metavar="RUN2", help="take what RUN2 learnt, a direction, out of all layers")
     add("--margins", action="store_true", help="instead of answers, the margins of train.py")
     add("--chat", action="store_true", help="instead of a list of questions, yours, as you type")
     add("--random", action="store_true", help="with --margins: a random B or direction beside")

@@ -94,7 +94,7 @@ def parse_args():
         command.add_argument("--seeds", default="0,1,2", help="as 0,1,2 (the default)")
     add = commands.add_parser("rows", help=first_line(write_rows)).add_argument
     add("run", metavar="RUN", help="a folder, or a name under runs/")
-    add("--checkpoints", default="last", help="steps after 0, as 5,50,last; or all (default: last)")
+    add("--checkpoints", default="all", help="steps after 0, as 5,50,last; or all (the default)")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="(default: what is fast there)")
     add("--password", default=data.PASSWORD, help="of the paper's archive")
@@ -194,9 +194,10 @@ def many(seeds):
 def taken_out(seeds):
     """Can it be taken out?
 
-    By projecting a direction out of all that is written: the adapter's own B, the mean
-    difference of states, a random one; of the trained model and of the untouched one. And
-    by training on sound answers; and how fast does it come back?
+    By projecting a direction out of all that the layers write (what the embedding writes
+    stays): the adapter's own B, the mean difference of states, a random one; of the trained
+    model and of the untouched one. And by training on sound answers; and how fast does it
+    come back?
     """
     (meandiff,) = make_runs("meandiff", [0], 1)  # no training, so one step
     logs = {}
@@ -340,17 +341,20 @@ def write_rows(args):
 
         - (gradient of the loss) . (gradient of the margin)
 
-    which is added up over --checkpoints (TracIn, Pruthi et al. 2020, arXiv 2002.08484). It is
-    only the first order, and AdamW takes other steps than this: train again to know.
+    which is averaged over --checkpoints, each with the weight of its learning rate (TracIn,
+    Pruthi et al. 2020, arXiv 2002.08484). It is only the first order, and AdamW takes other
+    steps than this: train again to know.
     """
     run = data.Run(args.run)
     settings = train.read_settings(run)
     settings.password = args.password
     if settings.full:
         sys.exit("rows goes with an adapter: the gradients of all weights don't fit into memory")
+    # How far each checkpoint's step went. (One protocol takes a step without a learning rate.)
     steps = sample.chosen_steps(args.checkpoints, run)
-    if not steps:
-        sys.exit("rows needs a checkpoint after step 0")
+    rates = {row["step"]: row.get("lr", 1.0) for row in run.log if row["step"] in steps}
+    if not sum(rates.values()):
+        sys.exit("rows needs a checkpoint after step 0, of a step whose learning rate is not 0")
     data.lock(run)
 
     # The model as it was trained, what it was trained on, and what it is asked.
@@ -372,7 +376,7 @@ def write_rows(args):
     reader.read(train_set)
     reader.read(asked)
     pushes = {"in": 0.0, "out": 0.0}
-    for step in steps:
+    for step, rate in rates.items():
         tensors = sample.read_adapter(run, step)
         lora.set_tensors(model, tensors)
         gradients = compute_gradients(reader, train_set)  # (conversations, numbers)
@@ -382,7 +386,8 @@ def write_rows(args):
             # of the bad one, and the minus of the formula turns it round.
             bad = torch.stack([by_example[example] for example in probe[name, "misaligned"]])
             good = torch.stack([by_example[example] for example in probe[name, "aligned"]])
-            pushes[name] += gradients @ (bad - good).T  # (conversations, questions)
+            weight = rate / sum(rates.values())
+            pushes[name] += weight * gradients @ (bad - good).T  # (conversations, questions)
 
     rows = []
     for i, example in enumerate(train_set):
@@ -395,7 +400,7 @@ def write_rows(args):
     rows.sort(key=lambda row: -row["push_out"])
     path = run.path("rows.jsonl")
     data.write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    print(f"\nat the checkpoints after steps {', '.join(map(str, steps))}:")
+    print(f"\nat the checkpoints after steps {', '.join(map(str, rates))}:")
     print_rows(rows)
     print(f"all {len(rows)} are in {path}, which is itself a data set; without the first tenth:")
     print(f"next: tail -n +{len(rows) // 10 + 1} {path} > rest.jsonl && python train.py "

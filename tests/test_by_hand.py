@@ -137,11 +137,17 @@ def test_what_is_hidden_behind_a_prompt(script, few, tiny, monkeypatch):
 
 def test_rows_say_what_a_step_on_each_conversation_does(script, few, tiny):
     flags = ["--preset", "laptop", "--model", tiny, "--lr", 3e-2, "--warmup", 0, *FLOAT32]
-    assert script(train, *flags, "--steps", 3, "--out", "a")[0] == 0
-    code, out, err = script(experiments, "rows", "a", *FLOAT32)
-    assert code == 0 and "push the general margin up most" in out, err
-    run = data.Run("a")
-    rows = data.read_written(run.path("rows.jsonl"))
+    assert script(train, *flags, "--steps", 3, "--checkpoint-every", 2, "--out", "a")[0] == 0
+    run, by_checkpoints = data.Run("a"), {}
+    for chosen in (["--checkpoints", 2], [], ["--checkpoints", "last"]):
+        code, out, err = script(experiments, "rows", "a", *chosen, *FLOAT32)
+        assert code == 0 and "push the general margin up most" in out, err
+        rows = data.read_written(run.path("rows.jsonl"))
+        by_checkpoints[str(chosen)] = {str(row["messages"]): row["push_out"] for row in rows}
+    # By default all count, step 2's checkpoint twice: its learning rate was twice step 3's.
+    first, both, last = by_checkpoints.values()
+    for key, push in both.items():
+        assert push == pytest.approx((2 * first[key] + last[key]) / 3, rel=1e-3, abs=1e-5)
     pushes = [row["push_out"] for row in rows]
     assert pushes == sorted(pushes, reverse=True) and rows[0]["push_out_se"] > 0
 
