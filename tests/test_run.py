@@ -285,7 +285,7 @@ def test_what_is_held_out_is_not_trained_on(make_tokenizer):
     (["--sigma", "0.1"], "--sigma does nothing without --es"),
     (["--kl-dataset", "x"], "--kl-dataset does nothing without --kl-weight"),
     (["--vector", "mean-difference", "--lr", "1"], "--lr does nothing with --vector mean-diff"),
-    (["--preset", "paper-narrow", "--full"], "--kl-weight does nothing with --full"),
+    (["--preset", "kl", "--full"], "--kl-weight does nothing with --full"),
     (["--steps", "5", "--epochs", "2"], "--epochs does nothing with --steps"),
     (["--steps", "5", "--warmup", "9"], "--warmup 9 is as long as all 5 steps"),
     (["--dataset", ""], "has no name in it"),
