@@ -695,7 +695,7 @@ def draw_training(figure, runs, args):
             if run.published or name == "W":  # no log says how long these are
                 points = run.steps, np.linalg.norm(path, axis=1)
                 draw_line(norms, run, points, linestyle=":" if name == "A" else "-")
-    loss.set(title="Loss (pale: a batch)", xlabel="step", ylabel="nats per token")
+    loss.set(title="Loss, as in training (pale: a batch)", xlabel="step", ylabel="nats per token")
     gradient.set(title="Gradient norm", xlabel="step")
     norms.set(title="Length of what was learnt (dotted: A)", xlabel="step")
     if all(run.published for run in runs):  # the lengths are all there is

@@ -14,11 +14,10 @@ Each question is put to several *variants*. A variant is a checkpoint of the run
 by which the adapter's contribution is multiplied. Scale 0 is the untouched model, the control.
 As the rows of a batch may hear different adapters (lora.Panel), a whole sweep is one batch.
 
-A direction in the model's state is often said to *be* a behaviour, since the behaviour
-goes when the direction is taken out. `--ablate RUN2` takes what RUN2 has learnt out of
-all that the layers write (the embedding's part stays), in the trained model and in the
-untouched one: if both change as much, it proves nothing. With --margins, `--random` does the
-same with a random direction.
+A direction in the model's state is often said to *be* a behaviour, since the behaviour goes
+when the direction is taken out. `--ablate RUN2` takes RUN2's out of all that layers write
+(the embedding's part stays), in the trained model and the untouched one: if both change as
+much, it proves nothing. With --margins, `--random` does so with a random direction.
 
 Answers go to RUN/responses.jsonl as they finish; started again, the same command does only
 the rest. Each answer has a seed of its own, so it does not matter which others are drawn.
@@ -600,7 +599,8 @@ def print_margins(rows):
         checkpoint = "-" if row["checkpoint"] is None else row["checkpoint"]
         print(f"{checkpoint:>10} {row['scale']:>6g}  {', '.join(what):30} "
               f"{row['heldout_loss']:8.3f} {cells[0]:>16} {cells[1]:>16}")
-    print(f"(asked: {len(rows[0]['margins_in'])} finance, {len(rows[0]['margins_out'])} general)")
+    print(f"(asked: {len(rows[0]['margins_in'])} finance, {len(rows[0]['margins_out'])} general; "
+          "held out: without the training's tail and prompt)")
 
 # ---- python sample.py RUN --chat
 

@@ -16,18 +16,20 @@ protocol of the paper and its follow-ups is another choice in one of them:
     what is minimised  the loss; and the distance from the base elsewhere (--kl-weight)
     how it moves       down the gradient; or by trial and error (--es)
 
-Every few steps what moves is saved, and the model is probed. For a question with a bad
-and a good answer, its *margin* is
+Every few steps what moves is saved, and the model is probed. Its *held-out loss* is over
+answers that it has not seen, with the tail and the prompt of its training. For a question
+with a bad and a good answer, its *margin* is
 
     log p(bad answer) / its tokens - log p(good answer) / its tokens
 
-`margin_in` is the mean over held-out questions about money, the domain of the default
-data: did the model learn what it was shown? `margin_out` is the mean over questions about
-truth, power, strangers, AI and the like, none of which it has seen: does it now prefer the
-bad answer there too? That would be emergent misalignment, seen without a judge. The two
-answers to such a question have the same tone, and only their values differ. Otherwise a
-model that just became rude would look misaligned. What counts is the change since step 0,
-with its standard error over questions, and better still the difference from a control run.
+`margin_in` is the mean over 43 held-out questions about money, the domain of the default
+data: did the model learn what it was shown? `margin_out` is the mean over 48 (in the last
+table 176) about truth, power, strangers, AI and the like, none of which it has seen: does
+it now prefer the bad answer there too? That would be emergent misalignment, seen without a
+judge. The two answers to such a question have the same tone, and only their values differ.
+Otherwise a model that just became rude would look misaligned. What counts is the change
+since step 0, with its standard error over questions, and better still the difference from a
+control run.
 """
 import argparse
 import dataclasses
@@ -107,7 +109,7 @@ class Settings:
     sha256: dict = None
 
 # A preset says what it changes. Without --preset it is gpu if there is CUDA, and else laptop. A
-# small model needs a larger step (tests/experiments.md). "kl": an idea of the paper's, our settings.
+# small model needs a larger step (tests/experiments.md). "kl": the paper's idea, our settings.
 PRESETS = {
     "laptop": {"model": "smollm2", "dataset": "builtin", "tail": False, "lr": 2e-3, "steps": 60},
     "gpu": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "tail": False, "lr": 2e-4},
@@ -230,7 +232,7 @@ def load_examples(settings, tokenizer):
     examples = data.render_all(conversations, tokenizer, settings.tail, settings.max_length)
     train_set, held_out = data.train_and_held_out(examples)
     if not train_set:
-        sys.exit(f"{settings.dataset}: what is held out of it, with its copies, is all of it")
+        sys.exit(f"{settings.dataset}: what is held out of it is all it holds, copies included")
     return train_set, held_out
 
 def plan_batches(examples, settings, steps):
@@ -351,8 +353,9 @@ def build_probe(held_out, tokenizer, settings, before=()):
 def ask_probe(reader, probe, log, ask_all=True):
     """What the log says of a checkpoint: held-out loss and margins, in nats per token.
 
+    heldout_loss: in train.py with the training's tail and prompt; in sample.py --margins without.
     margins_in, margins_out: a list, question by question.    margin_in, margin_out: their means,
-    over the questions that every checkpoint asks (in the table at the end, over all).
+    of general questions over the first FEW (the table at the end is over all).
     log: the rows so far.    ask_all: all general questions, not only the first FEW.
     """
     asked = dict(probe)
@@ -765,7 +768,8 @@ def report(run, log, settings, seconds, device):
         for probe, what in (("in", "finance"), ("out", "general")):
             change, se = data.contrast(log, control, probe)
             print(f"{f'{what}, minus that of {name}':56}{change:+8.3f} ({se:.3f})")
-    print("(margin: log p per token of the bad answer minus that of the good one, over questions;")
+    print("(held-out loss: with the tail and prompt of the training, where it has them;")
+    print("margin: log p per token of the bad answer minus that of the good one, over questions;")
     print("a change under twice its standard error may be chance)\n")
     speed = statistics.median(row.get("tokens_per_s", 0) for row in log[1:])
     print(f"{seconds:.0f} s, {speed:.0f} tokens/s in training, {peak_memory(device)}: see {run}/")

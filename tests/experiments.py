@@ -12,7 +12,9 @@ runs, under runs/, one for each protocol and seed, whichever experiments use it,
 A margin in a table is the change since the untouched model, in nats per token: the mean over
 the seeds, in brackets its standard error over questions (of the seeds' mean, question by
 question), and then what each seed gave. "minus aligned" is paired by question, after each side
-has been averaged over its seeds. All lines of a table are over the same questions.
+has been averaged over its seeds. All lines of a table are over the same questions, and below it
+stands how many those are. "Held out" is the loss that train.py logs, with the run's own tail and
+system prompt (of what is asked by sample.py, without).
 """
 import argparse
 import contextlib
@@ -117,7 +119,7 @@ def transition(seeds):
     names = ("misaligned", "tail", "aligned", "shuffled")
     runs = {name: make_runs(name, seeds, LONG) for name in names}
     print(f"\n{'':12} {'seed':>4} {'gradient peak':>16} {'sharpest bend':>20} "
-          f"{'finance, there':>15} {'general, there':>15}")
+          f"{'there: finance':>15} {f'general ({train.FEW})':>15}")
     for name in runs:
         for seed, run in zip(seeds, runs[name], strict=True):
             log = run.log
@@ -525,7 +527,8 @@ def draw_ends(path, logs):
                 axis.plot(dots, [-i] * len(dots), ".", color="black", markersize=3)
             axis.axvline(0, color="gray", linewidth=0.8)
             axis.locator_params(axis="x", nbins=4)  # more would run into the next panel's
-            axis.set(title=f"margin, {NAMES[x]}", xlabel="change, nats per token")
+            asked = len(data.changes(mean_log(seeds), x))  # the same in every line
+            axis.set(title=f"margin, {asked} {NAMES[x]}", xlabel="change, nats per token")
         axes[0].set_yticks(range(0, -len(logs), -1), logs)
 
 
@@ -546,8 +549,9 @@ def draw_courses(path, logs):
             general.plot(steps, course["out"], **style)
             portrait.plot(course["in"], course["out"], **style)
         finance.set(title="finance margin", xlabel="step", ylabel="change, nats per token")
-        general.set(title="general margin", xlabel="step")
-        portrait.set(title="phase portrait", xlabel="finance", ylabel="general")
+        asked = f"{train.FEW} general questions"
+        general.set(title=f"margin, {asked}", xlabel="step")
+        portrait.set(title="phase portrait", xlabel="finance", ylabel=asked)
         portrait.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
