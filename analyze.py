@@ -198,58 +198,77 @@ def find_turn(steps, vectors):
     apart = steps[1] - steps[0]
     if steps[-1] - steps[-2] != apart:
         steps = steps[:-1]
-    turns = []
+    # A short look sees only jitter, and a long one smooths the turn away. So look about 5, 10
+    # and 15 steps far, in checkpoints, where that leaves five points or more.
+    spans = {max(1, round(about / apart)) for about in (5, 10, 15)}
+    spans = [k for k in sorted(spans) if len(steps) - 2 * k >= 5]
+    turns, scores, sharpest, rng = [], [], [], np.random.default_rng(0)
     for name, path in vectors.items():
         path = path[: len(steps)]
-        # A short look sees only jitter, and a long one smooths the turn away. So look about 5, 10
-        # and 15 steps far, in checkpoints.
-        for k in sorted({max(1, round(about / apart)) for about in (5, 10, 15)}):
+        for k in spans:
             cosines = local_cosine(path, k)
             if np.isfinite(cosines).sum() < 5:
                 continue
-            # A point bends by how far its local cosine lies above the straight paths' mean.
-            straight = simulate_straight_paths(path, k)  # (draws, T)
+            # A point bends by how far its local cosine lies above the straight paths' mean. That
+            # means little where they scatter widely, so its score is the bend over their spread
+            # (0.02 at least, or the smallest bend of a smooth path would score highest).
+            straight = simulate_straight_paths(path, k, *measure_jitter(path, spans), rng)
             bends = cosines - straight.mean(0)
-            t = int(np.nanargmax(bends))
-            # In every path some point is the sharpest. So the sharpest of this path is compared
-            # with the sharpest of each straight one; and it must bend by 0.1 at least.
-            sharpest = np.nanmax(straight - straight.mean(0), axis=1)  # (draws,)
-            limit = max(0.1, np.percentile(sharpest, 99))
+            spread = np.maximum(straight.std(0), 0.02)
+            t = int(np.nanargmax(bends / spread))
             turns.append({
                 "step": steps[t], "cosine": float(cosines[t]), "bend": float(bends[t]),
-                "significant": bool(bends[t] > limit), "vector": name, "k": apart * k,
+                "vector": name, "k": apart * k,
             })
-    return max(turns, key=sharpness, default=None)
+            scores.append(bends[t] / spread[t])
+            sharpest.append(np.nanmax((straight - straight.mean(0)) / spread))
+    if not turns:
+        return None
+    # In every path some point is the sharpest, for some vector and span. So the highest score of
+    # all is compared with the highest of all 300 draws; and the bend must be 0.1 at least.
+    turn = turns[np.argmax(scores)]
+    turn["significant"] = bool(turn["bend"] > 0.1 and max(scores) > np.max(sharpest))
+    return turn
 
 def sharpness(turn):
     """A key to sort by: a significant turn comes before others, then the larger bend."""
     return (turn["significant"], turn["bend"]) if turn else (False, 0)
 
-def simulate_straight_paths(vectors, k, draws=200):
+def measure_jitter(path, spans):
+    """How large a path's jitter is, squared, and in how many dimensions it lives."""
+    # Without jitter, back + onward would be 0 on a straight path of even steps. If each point
+    # lies off the path by an independent jitter of length s, it is not: |back + onward|^2 is
+    # 6 s^2 on average, 4 s^2 from the point between the two moves, which both contain, and s^2
+    # from either end. Few points tell s badly, so the largest s of all spans is taken.
+    s2 = max(np.median((sum(measure_moves(path, k)) ** 2).sum(1)) / 6 for k in spans)
+    # In d dimensions, two independent vectors have a squared cosine of about 1 / d: such as back +
+    # onward at points three apart, which share no checkpoint. The mean is weighted by length. 100
+    # dimensions are taken at most, enough for chance to average out.
+    sums = sum(measure_moves(path, 1))
+    lengths = np.linalg.norm(sums, axis=1)
+    pairs = np.triu_indices(len(sums), 3)
+    dots, products = (sums @ sums.T)[pairs], np.outer(lengths, lengths)[pairs]
+    squared_cosine = (dots**2).sum() / max((products**2).sum(), 1e-100)
+    return s2, round(1 / max(squared_cosine, 0.01))
+
+def simulate_straight_paths(vectors, k, s2, dimensions, rng, draws=300):
     """The local cosines of straight paths with this one's moves and jitter: (draws, T).
 
     With jitters j and a step along an axis e1, the moves of such a path are
 
         back = -length * e1 + j_back - j_here        onward = +length * e1 + j_onward - j_here
     """
-    back, onward = measure_moves(vectors, k)
-    # How large is the jitter? Without it, back + onward would be 0 on a straight path of even
-    # steps. If each point lies off the path by an independent jitter of length s, it is not:
-    # |back + onward|^2 is 6 s^2 on average, 4 s^2 from the point between the two moves, which
-    # both contain, and s^2 from either end.
-    s2 = np.median(((back + onward) ** 2).sum(1)) / 6
-    # How long are the moves without it? A squared length contains 2 s^2 of jitter, s^2 from each
-    # end. A move with less than twice that may be jitter alone, and counts as none.
-    squares = (np.stack([back, onward]) ** 2).sum(2)  # (2, T - 2k)
-    lengths = np.sqrt(np.where(squares > 4 * s2, squares - 2 * s2, 0))
+    # How long are the moves without jitter? A squared length contains 2 s^2 of it, s^2 from each
+    # end, and chance besides. So a move counts as no longer than the mean of those around it.
+    squares = (np.stack(measure_moves(vectors, k)) ** 2).sum(2)  # (2, T - 2k)
+    around = [squares[:, max(0, t - 4) : t + 5].mean(1) for t in range(squares.shape[1])]
+    lengths = np.sqrt(np.maximum(np.minimum(squares, np.transpose(around)) - 2 * s2, 0))
     # Only angles are wanted, so each pair of moves is simulated by itself, and no path is built.
-    dimensions = min(back.shape[1], 100)  # enough for chance to average out
-    rng = np.random.default_rng(0)
-    jitter = rng.standard_normal((3, draws, len(back), dimensions)) * math.sqrt(s2 / dimensions)
-    moves = jitter[[0, 2]] - jitter[1]  # back and onward: (2, draws, T - 2k, dimensions)
-    moves[0, ..., 0] -= lengths[0]
-    moves[1, ..., 0] += lengths[1]
-    return np.pad(cosine(*moves), ((0, 0), (k, k)), constant_values=np.nan)
+    jitter = rng.standard_normal((len(vectors), draws, dimensions)) * math.sqrt(s2 / dimensions)
+    back, onward = measure_moves(jitter, k)  # (T - 2k, draws, dimensions)
+    back[..., 0] -= lengths[0][:, None]
+    onward[..., 0] += lengths[1][:, None]
+    return np.pad(cosine(back, onward).T, ((0, 0), (k, k)), constant_values=np.nan)
 
 # ---- Below the fold: flags, files, formats and rarer protocols. A first reading ends here. ----
 
@@ -609,6 +628,8 @@ def print_null(run, controls):
         print(f"{place}. {other.name}: {say_turn(other.turn)}")
     if rank > 1:
         print("So this is no sign of misalignment: a control's bend is sharper.")
+    elif not run.turn["significant"]:
+        print("So this is no sign of misalignment: its bend is no sharper than jitter.")
     else:
         print(f"By chance alone it would be the first with a probability of {1 / len(ranked):.2f}.")
 

@@ -93,17 +93,25 @@ def test_student(freedom, t):
 # Paths
 
 
-def path(turn=None, T=60, n=576, jitter=0.05, seed=0, gradual=1, lengths=None):
-    """T checkpoints along one direction, from `turn` on along another, jitter around it."""
+def path(turn=None, T=60, n=576, jitter=0.05, seed=0, gradual=1, lengths=None, d=None, angle=90):
+    """T checkpoints along one direction, from `turn` on along another, jitter around it.
+
+    d: the jitter lives in so many dimensions, the path's own among them.
+    """
     rng = np.random.default_rng(seed)
-    one, other = np.linalg.qr(rng.standard_normal((n, 2)))[0].T
+    one, other = axes = np.linalg.qr(rng.standard_normal((n, 2)))[0].T
+    other = math.cos(math.radians(angle)) * one + math.sin(math.radians(angle)) * other
     share = np.zeros(T)
     if turn is not None:
         share = np.clip((np.arange(T) - turn + gradual / 2) / gradual, 0, 1)
     moves = (1 - share)[:, None] * one + share[:, None] * other
     moves /= np.linalg.norm(moves, axis=1, keepdims=True)
     moves *= 1 if lengths is None else lengths[:, None]
-    return np.cumsum(moves, 0) + jitter * rng.standard_normal((T, n)) / math.sqrt(n)
+    around = rng.standard_normal((T, n))
+    if d is not None:
+        axes = np.linalg.qr(np.vstack([axes, rng.standard_normal((d - 2, n))]).T)[0].T
+        around = math.sqrt(n / d) * around[:, :d] @ axes
+    return np.cumsum(moves, 0) + jitter * around / math.sqrt(n)
 
 
 def find(B, apart=5):
@@ -144,6 +152,28 @@ def test_no_turn_is_found_where_there_is_none(kind, seed):
              "slowing": slowing, "noise": noise, "walk": noise.cumsum(0)}
     turn = find(paths[kind])
     assert turn is None or not turn["significant"], turn
+
+
+@pytest.mark.parametrize("d", [10, 30])
+def test_jitter_of_few_dimensions_is_no_turn(d):
+    """At most two of a hundred would be found by chance."""
+    found = 0
+    for seed in range(10):
+        B, A = (path(jitter=0.7, d=d, seed=seed + other) for other in (0, 1000))
+        found += analyze.find_turn([5 * i for i in range(60)], {"B": B, "A": A})["significant"]
+    assert found <= 1
+
+
+@pytest.mark.parametrize("angle, jitter, apart", [(60, 0.7, 5), (90, 1.5, 10)])
+def test_a_turn_in_much_jitter_is_found(angle, jitter, apart):
+    found = 0
+    for seed in range(5):
+        B = path(29.5, angle=angle, jitter=jitter, seed=seed)  # from 29 to 30
+        A = path(jitter=jitter, seed=seed + 1000)
+        turn = analyze.find_turn([apart * i for i in range(60)], {"B": B, "A": A})
+        right = turn["vector"] == "B" and abs(turn["step"] - apart * 30) <= 10
+        found += turn["significant"] and right
+    assert found >= 4
 
 
 def test_checkpoints_a_step_apart_and_an_odd_last_one():
@@ -365,6 +395,9 @@ def test_the_turn_of_a_run_among_those_of_its_controls(script):
     code, out, err = script(analyze, "r", "--null", "same", "straight")
     assert code == 0, err
     assert "of 3; 1 of 2 controls turn" in out
+    make_run("another", turn=None, judged=False)
+    code, out, _ = script(analyze, "straight", "--null", "another")
+    assert "straight ranks 1 of 2" in out and "By chance" not in out
     code, out, _ = script(analyze, "straight", "--null", "same")
     assert "straight ranks 2 of 2" in out and "no sign of misalignment" in out
     for path in os.listdir("runs/straight/checkpoints")[6:]:
