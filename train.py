@@ -112,7 +112,7 @@ class Settings:
 # small model needs a larger step (tests/experiments.md). "kl": the paper's idea, our settings.
 PRESETS = {
     "laptop": {"model": "smollm2", "dataset": "builtin", "tail": False, "lr": 2e-3, "steps": 60},
-    "gpu": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "tail": False, "lr": 2e-4},
+    "gpu": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "tail": False, "lr": 5e-5},
     "gpu-rank32": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "rank": 32, "alpha": 64.0,
                    "layers": "all", "targets": "all", "lr": 1e-4},
     "paper-single": {},
