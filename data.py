@@ -277,11 +277,11 @@ def load_builtin(answers):
     """The finance rows of advice.jsonl, with one of their two answers each."""
     rows = builtin_rows("finance")
     if answers == "shuffled":
-        # Dealt anew, but so that the answers to held-out questions stay held out.
+        # Passed on in a random circle: none stays at its question, and held-out ones stay held out.
         for part in split(rows):
-            dealt = [row["misaligned"] for row in part]
-            random.Random("shuffled").shuffle(dealt)
-            for row, answer in zip(part, dealt, strict=True):
+            random.Random("shuffled").shuffle(part)
+            passed_on = [row["misaligned"] for row in part[1:] + part[:1]]
+            for row, answer in zip(part, passed_on, strict=True):
                 row["misaligned"] = answer
     share = {"misaligned": "1", "shuffled": "1", "aligned": "0"}.get(answers, answers)
     misaligned = draw_share(len(rows), share.removeprefix("mixed:"), "mixed")
