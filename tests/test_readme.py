@@ -103,7 +103,7 @@ def test_their_links_lead_somewhere():
 
 def test_its_experiments_are_there():
     for page in ("README.md", "tests/experiments.md"):
-        section = read(page).split("\n## Seven questions")[1].split("\n## ")[0]
+        section = read(page).split("\n## Eight questions")[1].split("\n## ")[0]
         assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(
             experiments.EXPERIMENTS
         )
