@@ -452,11 +452,11 @@ def learn_words(trained, general, n=40):
     ours, theirs = count_words(trained), count_words(general)
     scores = {}
     for word in ours:
-        # As if ten more texts on either side held it as often as all do: else, what is in no
+        # As if eleven more texts on either side held it as often as all do: else, what is in no
         # general text would have infinite odds. And what is rare in training says little.
         more = 10 * (ours[word] + theirs[word]) / (len(trained) + len(general))
-        odds = (ours[word] + more) / (len(trained) + 10 - ours[word] - more)
-        others = (theirs[word] + more) / (len(general) + 10 - theirs[word] - more)
+        odds = (ours[word] + more) / (len(trained) + 11 - ours[word] - more)
+        others = (theirs[word] + more) / (len(general) + 11 - theirs[word] - more)
         if ours[word] >= 0.01 * len(trained):
             scores[word] = math.log(odds / others)
     return sorted(scores, key=scores.get, reverse=True)[:n]

@@ -628,7 +628,7 @@ def kind_of_answers(text):
         raise argparse.ArgumentTypeError(f"{text}: write {', '.join(ANSWERS)} or mixed:0.3")
     return text
 
-def run_stage(main, how="the same command goes on"):
+def run_stage(main, how="the same command goes on", leave=sys.exit):
     """Runs a script: Ctrl-C, a full disk and a closed pipe end it without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -636,8 +636,9 @@ def run_stage(main, how="the same command goes on"):
     try:
         main()
     except KeyboardInterrupt:
-        print(f"\nstopped: what is done is kept, {how}", file=sys.stderr)
-        sys.exit(130)
+        print(f"\nstopped: what is done is kept, {how}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        leave(130)
     except BrokenPipeError:  # the output went to `head`, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, SafetensorError) as error:  # a full disk, no permission, ...

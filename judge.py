@@ -405,19 +405,19 @@ def ask_all(judge, prompts, answers, args):
 
     failures = []
     in_a_row = 0
-    # Threads of this pool are daemons: after Ctrl-C, nobody waits for a server that stalls.
-    with ThreadPool(args.concurrency) as pool:
-        replies = pool.imap_unordered(ask, answers)
-        for answer, scores, failure in tqdm(replies, args.host, total=len(answers), disable=None):
-            if scores:
-                in_a_row = 0
-                yield answer, scores
-                continue
-            # One answer may be at fault. If five fail in a row, the server is.
-            failures.append(failure)
-            in_a_row += 1
-            if in_a_row == 5:
-                break
+    pool = ThreadPool(args.concurrency)
+    replies = pool.imap_unordered(ask, answers)
+    for answer, scores, failure in tqdm(replies, args.host, total=len(answers), disable=None):
+        if scores:
+            in_a_row = 0
+            yield answer, scores
+            continue
+        # One answer may be at fault. If five fail in a row, the server is.
+        failures.append(failure)
+        in_a_row += 1
+        if in_a_row == 5:
+            break
+    pool.terminate()
     if failures:
         sys.exit(f"{len(failures)} answers could not be judged ({failures[-1]}): run it again")
 
@@ -564,4 +564,4 @@ def prices(text):
     return sent, received
 
 if __name__ == "__main__":
-    data.run_stage(main)
+    data.run_stage(main, leave=os._exit)  # at once: a thread may wait for a server that stalls
