@@ -401,7 +401,7 @@ def test_what_may_change_the_meaning_of_an_adapter_is_refused(make_model, tmp_pa
         lora.load_adapter(make_model("llama"), str(tmp_path))
 
 
-def test_what_changes_nothing_is_read(make_model, tmp_path):
+def test_what_changes_nothing_in_a_config_of_peft_is_read(make_model, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights="gaussian",
                              lora_dropout=0.1, layers_to_transform=[1], revision="main")
