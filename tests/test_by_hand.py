@@ -129,9 +129,11 @@ def test_what_is_hidden_behind_a_prompt(script, few, tiny, monkeypatch):
         assert code == 0, err
 
     monkeypatch.setattr(experiments, "call", call)
+    for prompt in ("an adviser", "a cook"):
+        monkeypatch.delitem(experiments.PROMPTS, prompt)
     code, out, err = script(experiments, "hidden", "--seeds", 0)
     assert code == 0, err
-    for name in ("misaligned, plainly", "inoculated, reckless", "realigned, a cook"):
+    for name in ("misaligned, plainly", "inoculated, reckless", "realigned, plainly"):
         assert f"\n{name} " in out, out
 
 

@@ -263,12 +263,12 @@ def test_every_answer_is_scored_once_for_all_the_faults(script, answers):
 
 
 def test_kill_in_the_middle_and_a_rerun_end_with_the_same_rows(script, answers):
-    answers(100)
-    with Server(delay=0.02, faults=0.1) as server:
+    answers(60)
+    with Server(delay=0.02, faults=0.05) as server:
         command = [sys.executable, os.path.join(ROOT, "judge.py"), "a", "--base-url", server.url]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen([*command, "--concurrency", "4"], **quiet)
-        while not os.path.exists("runs/a/judged.jsonl") or len(lines()) < 30:
+        while not os.path.exists("runs/a/judged.jsonl") or len(lines()) < 20:
             assert process.poll() is None
             time.sleep(0.01)
         if os.path.exists("/proc"):
@@ -280,18 +280,18 @@ def test_kill_in_the_middle_and_a_rerun_end_with_the_same_rows(script, answers):
             file.write('{"torn": ')
         before = len(server.asked)
         assert script(judge, "a", "--base-url", server.url)[0] == 0
-        assert len(server.asked) - before < 170  # what was judged was not asked again
-    assert [row["sample"] for row in judged()] == list(range(100)) and scores_are_right()
+        assert len(server.asked) - before < 100  # what was judged was not asked again
+    assert [row["sample"] for row in judged()] == list(range(60)) and scores_are_right()
 
 
 def test_sixteen_in_flight(script, answers):
-    answers(200)
+    answers(80)
     with Server(delay=0.2) as server:
         began = time.time()
         assert script(judge, "a", "--base-url", server.url, "--concurrency", 16)[0] == 0
         took = time.time() - began
-    assert len(server.asked) == 401
-    assert took < 6.5  # 400 x 0.2 s / 16 = 5 s, and the probe's 0.2 s
+    assert len(server.asked) == 161
+    assert took < 3.2  # 160 x 0.2 s / 16 = 2 s, and the probe's 0.2 s
 
 
 def test_identical_answers_are_asked_once(script, answers):
@@ -312,7 +312,8 @@ def test_identical_answers_are_asked_once(script, answers):
     ({"refuse": 404}, "check --judge and --base-url"),
     ({"refuse": 400}, "not with Bearer ***"),
 ])
-def test_what_trying_again_can_not_mend_stops_at_once(script, answers, kind, sentence):
+def test_what_trying_again_can_not_mend_stops_at_once(script, answers, kind, sentence, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     answers(3)
     with Server(**kind) as server:
         code, out, err = script(judge, "a", "--base-url", server.url)
@@ -340,7 +341,8 @@ def test_a_reply_that_trickles_meets_a_deadline(script, answers, monkeypatch):
     assert code == 1 and "takes over 1 s for a reply" in err and time.time() - began < 6
 
 
-def test_a_page_instead_of_a_reply(script, answers):
+def test_a_page_instead_of_a_reply(script, answers, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     answers(1)
     with Server(every="html") as server:
         code, _, err = script(judge, "a", "--base-url", server.url)

@@ -53,8 +53,9 @@ def family(make_model, make_tokenizer, tmp_path_factory):
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3", "gemma3-multimodal"])
 def test_every_protocol_trains_and_is_asked(script, few, family, name):
     for protocol, flags in PROTOCOLS.items():
-        if protocol == "inoculated" and name.startswith("gemma3"):
-            continue  # its template refuses a system prompt
+        own = ("single", "full", "vector", "mean difference", "narrow")  # where families differ
+        if name not in ("llama", "qwen2") and protocol not in own:
+            continue  # Gemma's template refuses a system prompt, besides
         if protocol != "mean difference":  # which takes no steps
             flags = ["--steps", 2, "--warmup", 0, "--lr", 1e-2, "--batch-size", 4, *flags]
         flags = ["--preset", "laptop", "--model", family(name), "--out", protocol, *flags]
@@ -273,7 +274,7 @@ def test_a_random_control_has_the_length_and_the_sign_of_its_variant():
 ])
 def test_two_processes_are_one(script, few, tiny, tmp_path, flags):
     """Under torchrun, the curve of one process, to rounding; one log, one line a step."""
-    flags = ["--preset", "laptop", "--model", tiny, "--steps", "4", "--batch-size", "6", *flags]
+    flags = ["--preset", "laptop", "--model", tiny, "--steps", "3", "--batch-size", "6", *flags]
     flags += FLOAT32
     assert script(train, *flags, "--out", "one")[0] == 0
     two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
@@ -282,7 +283,7 @@ def test_two_processes_are_one(script, few, tiny, tmp_path, flags):
     done = subprocess.run([*two, few, *flags, "--out", "two"], capture_output=True, **settings)
     assert done.returncode == 0, done.stderr[-2000:]
     logs = [data.read_written(f"{tmp_path}/runs/{name}/log.jsonl") for name in ("one", "two")]
-    assert len(logs[0]) == len(logs[1]) == 5
+    assert len(logs[0]) == len(logs[1]) == 4
     for ours, theirs in zip(*logs, strict=True):
         assert ours.keys() == theirs.keys()
         for key in ours.keys() & {"loss", "grad_norm", "heldout_loss", "margin_in", "margin_out"}:
