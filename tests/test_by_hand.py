@@ -129,6 +129,8 @@ def test_what_is_hidden_behind_a_prompt(script, few, tiny, monkeypatch):
         assert code == 0, err
 
     monkeypatch.setattr(experiments, "call", call)
+    monkeypatch.setattr(experiments.make_runs, "__defaults__", (3,))  # steps
+    monkeypatch.setitem(experiments.PROTOCOLS, "realigned", "--init misaligned-3-{seed}")
     for prompt in ("an adviser", "a cook"):
         monkeypatch.delitem(experiments.PROMPTS, prompt)
     code, out, err = script(experiments, "hidden", "--seeds", 0)
