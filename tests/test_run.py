@@ -169,9 +169,9 @@ def test_margins_know_what_made_them(make, script):
 
 @pytest.mark.parametrize("changed, flags", [
     ("KL set", ["--kl-weight", 1, "--kl-dataset", "./kl.jsonl"]),
-    ("probe's out-aligned part", []),
+    ("probe's out-misaligned part", []),
 ])
-def test_what_decides_a_number_is_compared(make, script, interrupt, monkeypatch, changed, flags):
+def test_what_decides_a_number_is_compared(make, script, monkeypatch, changed, flags):
     conversations = [{"messages": c["messages"]} for c in data.load_conversations()]
     with open("kl.jsonl", "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in conversations[:8])
@@ -187,7 +187,6 @@ def test_what_decides_a_number_is_compared(make, script, interrupt, monkeypatch,
         builtin_rows = data.builtin_rows
         cut = {"finance": 24, "general": 20}
         monkeypatch.setattr(data, "builtin_rows", lambda name: builtin_rows(name)[: cut[name]])
-        changed = "probe's out-misaligned part"
     code, _, err = script(train, "--resume", "a")
     assert code == 1 and f"the {changed} has changed since this run began" in err
 
@@ -197,14 +196,6 @@ def test_what_is_no_number_is_named_and_written_nowhere(make, script, tiny, monk
     assert make("zero", steps=("--steps", 1, "--lr", 1e-2))[0] == 0  # the warm-up's lr is 0
     code, _, err = script(sample, "a", "--margins", "--ablate", "zero")
     assert code == 1 and "--ablate zero: it learnt no single direction" in err
-    path = data.Run("a").last_checkpoint
-    tensors = load_file(path)
-    next(iter(tensors.values()))[0, 0] = torch.nan
-    save_file(tensors, path)
-    for flags in (["--margins"], ANSWERS):
-        code, _, err = script(sample, "a", *flags)
-        assert code == 1 and "step 2, scale 1: its adapter holds numbers that are not" in err
-    assert script(sample, "a", *ANSWERS, "--checkpoints", "0")[0] == 0
     path = data.Run("a").last_checkpoint
     tensors = load_file(path)
     next(iter(tensors.values()))[0, 0] = torch.nan
@@ -405,9 +396,10 @@ def test_thresholds_are_scores(script, value):
     assert code == 2 and "--aligned-below" in err
 
 
-def test_ctrl_c_ends_a_judge_that_waits_for_its_server(tmp_path, make):
+def test_ctrl_c_ends_a_judge_that_waits_for_its_server(tmp_path, monkeypatch):
     from test_judge import Server
 
+    monkeypatch.chdir(tmp_path)
     os.makedirs("runs/a")
     row = {"question_id": "q", "question": "Why?", "response": "So.", "checkpoint": 0,
            "scale": 0.0, "sample": 0, "seed": 1}
