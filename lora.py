@@ -425,17 +425,17 @@ def make_masks(decoder, column, width, padding=None):
     query = column[:, None]  # (queries, 1)
     key = torch.arange(width, device=column.device)
     seen = (key <= query) & (key >= padding[:, None, None])  # (rows, queries, width)
+    # All kinds of attention take a mask that is added; one of True and False, only some do.
+    hidden = torch.finfo(decoder.dtype).min
+    full = torch.zeros(seen.shape, dtype=decoder.dtype, device=key.device)
+    full = full.masked_fill(~seen, hidden)[:, None]
     # Some layers see only what is near: those of Gemma 3 that are of this type, and all of Mistral.
     kinds = getattr(decoder.config, "layer_types", None)
-    window = getattr(decoder.config, "sliding_window", None) or width
-    near = seen & (key > query - window)
-    # All kinds of attention take a mask that is added; one of True and False, only some do.
-    full, sliding = torch.zeros(2, *near.shape, dtype=decoder.dtype, device=key.device)
-    full = full.masked_fill(~seen, torch.finfo(decoder.dtype).min)[:, None]
-    sliding = sliding.masked_fill(~near, torch.finfo(decoder.dtype).min)[:, None]
-    if kinds and "sliding_attention" in kinds:
-        return {"full_attention": full, "sliding_attention": sliding}
-    return full if kinds else sliding
+    window = getattr(decoder.config, "sliding_window", None)
+    if not window or (kinds and "sliding_attention" not in kinds):
+        return full
+    sliding = full.masked_fill(key <= query - window, hidden)
+    return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
 
 def get_tensors(model):
     """A checkpoint: {"PATH.A": (r, d_in), "PATH.B": (d_out, r)}; of a vector, "PATH.c", too."""
