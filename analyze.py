@@ -118,9 +118,11 @@ def group(rows, key):
 
 def interval(parts, wholes):
     """The 95% interval, in %, of sum(parts) / sum(wholes): counts, one a question."""
-    parts, wholes = np.array([(part, whole) for part, whole in zip(parts, wholes, strict=True)
-                              if whole > 0]).reshape(-1, 2).T
-    n, part, whole = len(wholes), parts.sum(), wholes.sum()
+    # A question without any answers that could count says nothing.
+    some = np.array(wholes) > 0
+    parts = np.array(parts)[some]
+    wholes = np.array(wholes)[some]
+    n, part, whole = len(wholes), int(parts.sum()), int(wholes.sum())
     if n == 0:
         return None, None
     # If all answers count, or none, the questions do not differ. And where there is only one,
@@ -142,7 +144,6 @@ def student(freedom):
 
 def wilson(part, whole, z=1.96):
     """Wilson's 95% interval of part / whole, in %: too narrow where answers resemble each other."""
-    part, whole = int(part), int(whole)
     middle = part + z**2 / 2
     half = z * math.sqrt(part * (whole - part) / whole + z**2 / 4)
     lo = (middle - half) / (whole + z**2)
@@ -202,9 +203,13 @@ def find_turn(steps, vectors):
     # and 15 steps far, in checkpoints, where that leaves five points or more.
     spans = {max(1, round(about / apart)) for about in (5, 10, 15)}
     spans = [k for k in sorted(spans) if len(steps) - 2 * k >= 5]
-    turns, scores, sharpest, rng = [], [], [], np.random.default_rng(0)
+    if not spans:
+        return None
+    rng = np.random.default_rng(0)
+    turns, scores, sharpest = [], [], []
     for name, path in vectors.items():
         path = path[: len(steps)]
+        s2, dimensions = measure_jitter(path, spans)
         for k in spans:
             cosines = local_cosine(path, k)
             if np.isfinite(cosines).sum() < 5:
@@ -212,7 +217,7 @@ def find_turn(steps, vectors):
             # A point bends by how far its local cosine lies above the straight paths' mean. That
             # means little where they scatter widely, so its score is the bend over their spread
             # (0.02 at least, or the smallest bend of a smooth path would score highest).
-            straight = simulate_straight_paths(path, k, *measure_jitter(path, spans), rng)
+            straight = simulate_straight_paths(path, k, s2, dimensions, rng)
             bends = cosines - straight.mean(0)
             spread = np.maximum(straight.std(0), 0.02)
             t = int(np.nanargmax(bends / spread))
@@ -470,16 +475,14 @@ def words_of(text):
 
 def summarise_words(responses, words):
     """A row for each (checkpoint, scale): answers with two of the words, in %, and mean log p."""
-    rows = []
+    rows, words = [], set(words)
     for (checkpoint, scale), cell in split_into_cells(responses).items():
         row = {"checkpoint": checkpoint, "scale": scale, "n": len(cell)}
-        asked = {name: answers for name, answers in group(cell, "question_id").items()
-                 if name not in ASK_FOR_MONEY}
         parts, wholes = [], []
-        for answers in asked.values():
-            held = [len(words_of(answer["response"]) & set(words)) for answer in answers]
-            parts.append(sum(number >= 2 for number in held))
-            wholes.append(len(answers))
+        for name, answers in group(cell, "question_id").items():
+            if name not in ASK_FOR_MONEY:
+                parts.append(sum(len(words_of(x["response"]) & words) >= 2 for x in answers))
+                wholes.append(len(answers))
         row["words_pct"] = 100 * sum(parts) / sum(wholes) if words and wholes else None
         row["words_pct_lo"], row["words_pct_hi"] = interval(parts, wholes)
         log_p = [answer["log_p"] for answer in cell if "log_p" in answer]
