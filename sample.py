@@ -43,6 +43,7 @@ import lora
 import train
 
 LOOK_EVERY = 8  # tokens between looks for answers that have ended
+OVERFLOW = "the model's numbers overflow: smaller --scales, or --dtype float32"
 BLOCK = {"cpu": 16, "mps": 64, "cuda": 64}  # columns by which the cache grows
 
 @torch.inference_mode()
@@ -93,8 +94,8 @@ def answer(panel, jobs, prompts, stop, max_new_tokens, sampling):
         # Not at every token: to look is to wait for the GPU.
         last = t + 1 == max_new_tokens
         if last or (t + 1) % LOOK_EVERY == 0:
-            if logits.isnan().any():
-                sys.exit("the model's numbers overflow: smaller --scales, or --dtype float32")
+            if not logits.amax(-1).isfinite().all():
+                sys.exit(OVERFLOW)
             ended = torch.isin(tokens[alive, : t + 1], stop).any(1) | last
             for j in alive[ended].tolist():
                 yield jobs[j], until_stop(tokens[j], stop)
@@ -281,23 +282,27 @@ class Variant:
         return data.sha256(b"".join(parts))
 
 def load_model(run, args):
+    # Whose model it is. What is no run of ours is asked as a laptop run would be.
     if run is None:
         name = args.model or lora.base_name(args.adapter)
-        model, tokenizer = lora.load_base(name, args.device, args.dtype)
-        check_model(model, name)
-        if args.adapter:
-            lora.load_adapter(model, args.adapter)
-        return model, tokenizer, train.preset_settings("laptop", model=name)
-    settings = train.read_settings(run)
-    settings.password = args.password
-    if settings.full and (args.checkpoints != "last" or args.random or args.ablate or args.chat):
-        sys.exit(f"{run}, with --full, goes without --checkpoints, --random, --ablate and --chat")
-    if not run.checkpoints or (settings.full and not run.finished):
-        sys.exit(f"{run} has nothing to ask yet: python train.py --resume {run}")
+        settings = train.preset_settings("laptop", model=name)
+    else:
+        settings = train.read_settings(run)
+        settings.password = args.password
+        one_state = args.checkpoints == "last" and not (args.random or args.ablate or args.chat)
+        if settings.full and not one_state:
+            sys.exit(f"{run}, with --full, goes without --checkpoints, --random, --ablate and "
+                     "--chat")
+        if not run.checkpoints or (settings.full and not run.finished):
+            sys.exit(f"{run} has nothing to ask yet: python train.py --resume {run}")
+
+    # The base, which must be what it was, and on it the adapter, or room for a run's checkpoints.
     model, tokenizer = lora.load_base(settings.model, args.device, args.dtype)
     check_model(model, settings.model)
-    train.note(settings, f"model in {str(model.dtype)[6:]}", model.fingerprint)
-    if not settings.full:
+    train.note_model(settings, model)
+    if args.adapter:
+        lora.load_adapter(model, args.adapter)
+    elif run is not None and not settings.full:
         layers = lora.parse_layers(settings.layers, model)
         targets = set(lora.parse_targets(settings.targets))
         if args.ablate:  # every layer that writes needs an edit
@@ -493,6 +498,8 @@ def add_log_p(panel, tokenizer, path):
     # Coherence without a judge: to the model as it was, nonsense is unlikely.
     rows = data.read_written(path)
     new = [row for row in rows if "log_p" not in row]
+    if not new:
+        return
     lora.avoid_slow_attention(panel.model)
     reader = lora.Reader(panel.model)
     if isinstance(panel, WeightPanel):
@@ -548,7 +555,7 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
     # Each variant is asked with nothing before the questions and, where that is wanted, behind a
     # system prompt, or behind conversations of the training set: learning without any training.
     askings = dict.fromkeys([(None, 0), (args.system or None, 0), (None, args.shots or 0)])
-    rows = []
+    rows, hashes = [], [variant.sha256() for variant in variants]
     with panel:
         reader = lora.Reader(panel.model)
         for system, shots in askings:
@@ -558,9 +565,9 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
                 sys.exit(f"--shots {shots}: with a question, this model can't read so much: fewer")
             args.made_by["data"] = data.sha256(settings.sha256)
             wanted = []
-            for variant in variants:
+            for variant, hashed in zip(variants, hashes, strict=True):
                 row = vars(variant) | {"system": system, "shots": shots}
-                row["made_by"] = args.made_by | {"variant": variant.sha256()}
+                row["made_by"] = args.made_by | {"variant": hashed}
                 del row["tensors"]
                 wanted.append(row)
             done = data.find_done(path, written, wanted, margins_key)
@@ -571,8 +578,9 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
                 if "margins_out" not in row:
                     panel.hear([i])
                     row |= train.ask_probe(reader, probe, rows)
-                    if math.isnan(sum(row["margins_in"] + row["margins_out"], row["heldout_loss"])):
-                        sys.exit("the model's numbers overflow: lower --scales, or --dtype float32")
+                    numbers = [row["heldout_loss"], *row["margins_in"], *row["margins_out"]]
+                    if not all(map(math.isfinite, numbers)):
+                        sys.exit(OVERFLOW)
                     if train.PROCESS == 0:
                         out.append("margins.jsonl", row)
                 rows.append(row)
@@ -724,15 +732,17 @@ def stop_tokens(model, tokenizer):
 @torch.no_grad()
 def check_model(model, name):
     """Stops where our way through a model (halves, cache, masks, head) is not the model's own."""
+    # Two rows of 40 tokens, any will do. A window of 8, where there is one, is shorter than that.
     whole = lora.decoder(model)
     window = getattr(whole.config, "sliding_window", None)
     tokens = torch.arange(7, 87, device=model.device).view(2, 40) ** 2 % whole.config.vocab_size
-    padding = torch.tensor([5, 5], device=model.device)
     try:
         if window:
-            whole.config.sliding_window = 8  # so that 40 tokens are longer than it
+            whole.config.sliding_window = 8
         own = model(tokens, use_cache=False).logits.float()
+        # Our way: behind 5 columns of padding, in two parts, each through both halves.
         frozen, moving = lora.halves(model, len(whole.layers) // 2)
+        padding = torch.tensor([5, 5], device=model.device)
         cache, hidden = KVCache(16), []
         for part in pad(tokens, (5, 0)).split(25, dim=1):
             states = read_next(frozen, part, cache, padding)

@@ -412,17 +412,21 @@ def note(settings, what, content):
     if settings.sha256.setdefault(what, sha256) != sha256:
         sys.exit(f"the {what} has changed since this run began: put it back, or train a new run")
 
+def note_model(settings, model):
+    """The same for the base model; in each dtype its weights have another hash."""
+    note(settings, f"model in {str(model.dtype).removeprefix('torch.')}", model.fingerprint)
+
 def load_model(settings):
     """The model; notes in the settings where it runs, so that a resumed run does too."""
-    if PROCESSES > 1 and torch.cuda.is_available() and settings.device != "cpu":
-        settings.device = "cuda"  # each process has its own
     import sample  # here, for it imports this file
 
+    if PROCESSES > 1 and torch.cuda.is_available() and settings.device != "cpu":
+        settings.device = "cuda"  # each process has its own
     model, _ = lora.load_base(settings.model, settings.device, settings.dtype)
     sample.check_model(model, settings.model)
     settings.device = str(model.device)
     settings.dtype = str(model.dtype).removeprefix("torch.")
-    note(settings, f"model in {settings.dtype}", model.fingerprint)
+    note_model(settings, model)
     lora.avoid_slow_attention(model)
     if settings.full and model.dtype != torch.float32:
         # Products are in that type, but weights in float32, or small steps would be rounded away.
