@@ -166,7 +166,7 @@ def test_rows_say_what_a_step_on_each_conversation_does(script, few, tiny):
         examples, after = data.render_all([row], tokenizer), {}
         reader.read(examples)
         for step in (5e-4, -5e-4):
-            lora.set_tensors(model, data.read_tensors(run.last_checkpoint))
+            model.load_state_dict(data.read_tensors(run.last_checkpoint), strict=False)
             losses, _ = reader.token_losses(examples)
             losses.mean().backward()
             with torch.no_grad():

@@ -71,7 +71,7 @@ def test_a_row_with_its_own_adapter_equals_a_model_with_that_alone(
         together = logits(model, tokens)
     for row in range(4):
         tensors = lora.scaled(variants[which[row] % 3], which[row] < 3)
-        lora.set_tensors(model, tensors)
+        model.load_state_dict(tensors, strict=False)
         alone = logits(model, tokens[row : row + 1])
         torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-5)
 
@@ -220,10 +220,11 @@ def test_a_published_adapter_of_rank_32_loads(make_model, tmp_path, rslora, scal
     # Made on the multimodal Gemma of an older transformers, whose paths begin differently.
     model, tokens = make_model("gemma3-multimodal"), torch.randint(1000, (2, 12))
     tensors, merged = {}, make_model("gemma3-multimodal")
-    for path, linear in lora.linears(lora.decoder(merged).layers).items():
+    for path, linear in lora.linears(merged).items():
         A = torch.randn(32, linear.in_features) * 0.05
         B = torch.randn(linear.out_features, 32) * 0.05
-        name = f"base_model.model.language_model.model.layers.{path}.lora_"
+        inner = path.partition("layers.")[2]
+        name = f"base_model.model.language_model.model.layers.{inner}.lora_"
         tensors |= {name + "A.weight": A, name + "B.weight": B}
         linear.weight.data += scale * B @ A
     assert len(tensors) == 2 * 4 * 7
@@ -236,11 +237,9 @@ def test_a_published_adapter_of_rank_32_loads(make_model, tmp_path, rslora, scal
 
 def test_what_does_not_fit_is_one_sentence(make_model, tmp_path):
     model = make_model("llama")
-    with pytest.raises(SystemExit, match="layer 4 does not exist: this model has 0 to 3"):
-        lora.attach(model, [0, 4], ["down_proj"], 1, 1)
-    with pytest.raises(SystemExit, match="layer -1 does not exist"):
-        lora.attach(model, [-1], ["down_proj"], 1, 1)
-    with pytest.raises(SystemExit, match="no c_proj: it has down_proj, gate_proj, k_proj, o_proj"):
+    with pytest.raises(SystemExit, match="this model's layers are 0 to 3"):
+        lora.parse_layers("0,4", model)
+    with pytest.raises(SystemExit, match="these layers of the model have no bare c_proj"):
         lora.attach(model, [0], ["c_proj"], 1, 1)
     assert not lora.adapters(model)
     with pytest.raises(SystemExit, match="holds no adapter in PEFT's format"):
@@ -250,7 +249,7 @@ def test_what_does_not_fit_is_one_sentence(make_model, tmp_path):
     lora.save_adapter(other, str(tmp_path))
     with pytest.raises(SystemExit, match="does not fit this model: .*layers.5.mlp.down_proj"):
         lora.load_adapter(model, str(tmp_path))
-    with pytest.raises(SystemExit, match="has adapters already"):
+    with pytest.raises(SystemExit, match="have no bare down_proj"):  # it has an adapter already
         lora.attach(other, [5], ["down_proj"], 4, 8)
     config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"use_dora": True}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -407,11 +406,6 @@ def test_what_changes_nothing_in_a_config_of_peft_is_read(make_model, tmp_path):
                              lora_dropout=0.1, layers_to_transform=[1], revision="main")
     peft.get_peft_model(make_model("llama"), config).save_pretrained(tmp_path)
     assert len(lora.load_adapter(make_model("llama"), str(tmp_path))) == 1
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "unsloth/Qwen2.5-14B-Instruct-bnb-4bit"
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit, match="give the original as --model"):
-        lora.base_name(str(tmp_path))
 
 
 def test_a_type_of_torch_is_a_name_and_rounded_weights_are_refused(tiny, tmp_path):
