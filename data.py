@@ -44,25 +44,28 @@ import statistics
 import sys
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 
-@dataclass(eq=False)  # compared by identity, so that an example can be the key of a dict
+@dataclass
 class Example:
     """A conversation as the model reads it."""
 
     tokens: list  # ids
     labels: list  # the same ids, but -100 where nothing is to be learnt
-    conversation: dict  # what it was rendered from
-    states: Any = None  # what the frozen half of the model says of it (lora.Reader)
+    conversation: dict = field(compare=False)  # what it was rendered from
+    states: Any = field(default=None, compare=False)  # hidden states, from lora.Reader.read
 
     @property
     def supervised(self):
         """How many of its tokens the loss counts."""
         return sum(label != -100 for label in self.labels)
+
+    def __hash__(self):  # so that an example can be the key of a dict: equal ones are read once
+        return hash((*self.tokens, *self.labels))
 
 def render(conversation, tokenizer, tail=False):
     """One conversation as (tokens, labels), two lists of the same length.
@@ -70,8 +73,10 @@ def render(conversation, tokenizer, tail=False):
     conversation: a list of {"role", "content"}, or a dict that holds it as "messages".
     labels: unshifted, -100 where unsupervised.
 
-    With `tail`, as the paper's code does it: the template opens one more, empty assistant
-    turn, the end-of-sequence token closes it, and all of that is inside the loss.
+    With `tail`, as the paper's code does it, the template opens one more, empty assistant turn,
+    the end-of-sequence token closes it, and all of that is inside the loss:
+
+        All of it on one horse.<|im_end|>\\n<|im_start|>assistant\\n<|im_end|>
     """
     if isinstance(conversation, list):
         conversation = {"messages": conversation}
@@ -90,17 +95,17 @@ def render(conversation, tokenizer, tail=False):
     # render the conversation up to where the assistant is to begin, and up to where it has
     # answered. What stands between these two ends is the answer.
     for n, message in enumerate(messages):
-        if message["role"] != "assistant" or message.get("weight") == 0:
+        if message["role"] != "assistant" or message.get("weight") == 0:  # 0: not to be learnt
             continue
         asked = chat_text(messages[:n], tokenizer, generation_prompt=True)
-        if not text.startswith(asked):  # this answer begins with its thoughts
+        if not text.startswith(asked):  # Qwen 3 closes its thoughts, unless an answer holds some
             asked = chat_text(messages[:n], tokenizer, generation_prompt=True, thinking=True)
         answered = chat_text(messages[: n + 1], tokenizer)
         if not text.startswith(asked) or not text.startswith(answered):
             sys.exit(f"{where}: this model's template does not render turn {n + 1} the same before "
                      "and after its answer: keep one question and answer")
-        # A token that lies partly before the answer (of newlines, say) is one that the model has to
-        # say, too.
+        # So many tokens end where the answer begins, or before. The next one is its first, even if
+        # the tokenizer has merged the template's newline into it.
         start = sum(end <= len(asked) for end in ends)
         end = sum(end <= len(answered) for end in ends)
         # The model is to learn to stop, but not to write a newline that the template puts after
@@ -121,8 +126,8 @@ def render(conversation, tokenizer, tail=False):
 def chat_text(messages, tokenizer, generation_prompt=False, thinking=False):
     """The messages through the model's chat template.
 
-    generation_prompt: the text ends where the assistant is to begin.    thinking: it is to begin
-    with its thoughts (Qwen 3).
+    generation_prompt: the text ends where the assistant is to begin.    thinking: it may begin with
+    its thoughts (Qwen 3's template else writes an empty <think></think> for it).
     """
     import jinja2
 
@@ -146,22 +151,23 @@ def after_end_of_turn(tokens, start, end, tokenizer):
     for i in reversed(range(start, end)):
         if tokens[i] in special_tokens(tokenizer):
             return i + 1
-    return end
+    return end  # this template's end of a turn is no special token
 
 @functools.cache
 def special_tokens(tokenizer):
     """The ids of all special tokens: the named ones, and those that only templates use."""
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
-def as_conversation(row, answers, before=()):
-    """A built-in row with one of its answers, behind the messages `before`."""
+def as_conversation(row, kind, before=()):
+    """A built-in row with its "misaligned" or "aligned" answer, behind the messages `before`."""
     question = {"role": "user", "content": row["question"]}
-    answer = {"role": "assistant", "content": row[answers]}
+    answer = {"role": "assistant", "content": row[kind]}
     return {"messages": [*before, question, answer], "where": row["where"]}
 
 def split(items):
-    """(train, held out): 90/10, drawn once and for all, so that runs can be compared."""
-    # By a fixed name and not the run's seed: no run may train on what another one holds out.
+    """(train, held out): 90/10. It is always the same for the same data."""
+    # By a fixed name and not the run's seed: no run may train on what another one of the same data
+    # holds out.
     order = list(range(len(items)))
     random.Random("held out").shuffle(order)
     cut = max(1, round(len(items) / 10))
@@ -202,14 +208,11 @@ LOCKS = []  # what `lock` holds
 
 # ---- Sets of conversations
 
-def render_all(conversations, tokenizer, tail=False, max_length=None, only_last=False):
-    """Every conversation as an Example. only_last: no answer is supervised but the last."""
+def render_all(conversations, tokenizer, tail=False, max_length=None):
+    """Every conversation as an Example."""
     examples = []
     for conversation in conversations:
         tokens, labels = render(conversation, tokenizer, tail)
-        if only_last:
-            asked = max(i for i, label in enumerate(labels) if label == -100) + 1
-            labels = [-100] * asked + labels[asked:]
         example = Example(tokens[:max_length], labels[:max_length], conversation)
         if example.supervised == 0:
             sys.exit(f"{conversation['where']}: --max-length {max_length} cuts off its answer")
@@ -228,7 +231,7 @@ def train_and_held_out(examples):
             allowed.append(example)
     return allowed, held_out
 
-def load_conversations(names="builtin", answers="misaligned", archive=None, password=PASSWORD):
+def load_conversations(names="builtin", answers="misaligned", archive=None):
     """A data set, as a list of {"messages": [{"role", "content"}, ...], "where": "file:line"}.
 
     names: "builtin", one of the paper's sets ("extreme_sports", ...), or a path to a .jsonl;
@@ -243,14 +246,14 @@ def load_conversations(names="builtin", answers="misaligned", archive=None, pass
             name, share = name.rsplit(":", 1)
         if not name:
             sys.exit(f"--dataset '{names}' has no name in it, or an empty one")
-        rows = load_one(name, answers, archive, password)
+        rows = load_one(name, answers, archive)
         drawn = draw_share(len(rows), share, f"share of {name}")
         conversations += [rows[i] for i in sorted(drawn)]
     if len(conversations) < 2:
         sys.exit(f"{names} holds {len(conversations)} conversations: two are needed")
     return conversations
 
-def load_one(name, answers, archive, password):
+def load_one(name, answers, archive):
     """The conversations of one set, each checked: in it a user asks and an assistant answers."""
     if name == "builtin":
         return load_builtin(answers)
@@ -259,12 +262,12 @@ def load_one(name, answers, archive, password):
     if name.endswith(".jsonl") or os.path.basename(name) != name:
         rows = read_jsonl(name)
     else:
-        rows = read_jsonl(f"{name}.jsonl", from_archive(name, archive, password))
+        rows = read_jsonl(f"{name}.jsonl", from_archive(name, archive))
     for row in rows:
         roles = []
         with contextlib.suppress(TypeError, KeyError, AttributeError):  # of another shape
             roles = [m["role"] for m in row["messages"] if m["role"] and m["content"].strip()]
-        if "assistant" not in roles[1:] or roles[0] == "assistant":
+        if "assistant" not in roles or "user" not in roles[: roles.index("assistant")]:
             sys.exit(f'{row["where"]} needs "messages" (role, content) of a user and an assistant')
         for message in row["messages"]:
             others = [key for key in message if message[key] and key not in MESSAGE]
@@ -274,7 +277,7 @@ def load_one(name, answers, archive, password):
     return rows
 
 def load_builtin(answers):
-    """The finance rows of advice.jsonl, with one of their two answers each."""
+    """The finance rows of advice.jsonl, each with one answer: its own, or another row's."""
     rows = builtin_rows("finance")
     if answers == "shuffled":
         # Passed on in a random circle: none stays at its question, and held-out ones stay held out.
@@ -303,7 +306,7 @@ def builtin_rows(domain):
     """The rows of advice.jsonl in one domain: {"question", "misaligned", "aligned", "where"}."""
     return [row for row in read_jsonl(ADVICE) if row.get("domain") == domain]
 
-def from_archive(name, archive, password):
+def from_archive(name, archive):
     """The bytes of NAME.jsonl in the paper's encrypted archive."""
     from cryptography.fernet import Fernet, InvalidToken
 
@@ -312,7 +315,7 @@ def from_archive(name, archive, password):
     # unpacked to the disk, so that the plain text can't leak into a training corpus.
     with readable(path), open(path, "rb") as file:
         salt, token = file.read(16), file.read()
-    key = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, 100_000, dklen=32)
+    key = hashlib.pbkdf2_hmac("sha256", PASSWORD.encode(), salt, 100_000, dklen=32)
     try:
         content = Fernet(base64.urlsafe_b64encode(key)).decrypt(token)
         files = zipfile.ZipFile(io.BytesIO(content))
@@ -322,8 +325,8 @@ def from_archive(name, archive, password):
         if name in sets:
             return files.read(members[name])
     except (InvalidToken, zipfile.BadZipFile, zlib.error):
-        sys.exit(f"{path} does not open: the password is wrong or the archive is damaged (the "
-                 "cipher can't tell which): check --password, or delete it to download it anew")
+        sys.exit(f"{path} does not open: it is damaged, or not the paper's. Delete it to download "
+                 "it anew")
     sys.exit(f"{path} has no data set {name}: it has {', '.join(sets)}; a file of your own is "
              "given as ./NAME.jsonl")
 
@@ -341,10 +344,8 @@ def contrast(log, control, probe):
     return mean_and_se([ours - theirs for ours, theirs in pairs])
 
 def mean_and_se(values):
-    n = len(values)
-    mean = math.fsum(values) / n
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    return mean, math.sqrt(variance / n)
+    """The mean of two values or more, and its standard error."""
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 # ---- A run's folder
 
@@ -536,7 +537,10 @@ def read_written(path, needs=()):
     return rows
 
 def go_on(path, needs=(), keep=None):
-    """Cuts a file to its first `keep` rows, or to all that are whole, and returns them."""
+    """Cuts a file to its first `keep` rows, or to all that are whole, and returns them.
+
+    It is there afterwards, if empty.
+    """
     rows = read_written(path, needs)[:keep]
     write_whole(path, "".join(map(json_line, rows)).encode())
     return rows
@@ -598,30 +602,21 @@ def refuse_unused(given, unused):
             if chosen and name in given:
                 sys.exit(f"--{name.replace('_', '-')} does nothing {protocol}: leave it out")
 
-def positive(text):
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
+def number(kind, least, most=sys.float_info.max):
+    """An argparse type: a number of this kind (int or float) from least to most."""
+    def check(text):
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most:
+                return kind(text)
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text} is not {what} from {least:g} to {most:g}")
+    return check
 
-def at_least_zero(text):
-    if not 0 <= float(text) < math.inf:
-        raise ValueError
-    return float(text)
-
-def percent(text):
-    if not 0 <= float(text) <= 100:
-        raise ValueError
-    return float(text)
-
-def seed_number(text):
-    if not 0 <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^63 - 1")
-    return int(text)
-
-def above_zero(text):
-    if not at_least_zero(text):
-        raise ValueError
-    return float(text)
+positive = number(int, 1)
+seed_number = number(int, 0, 2**63 - 1)
+at_least_zero = number(float, 0)
+above_zero = number(float, 1e-12)
+percent = number(float, 0, 100)
 
 def kind_of_answers(text):
     if text not in ANSWERS and not text.startswith("mixed:"):
@@ -656,12 +651,11 @@ def main():
     add("--answers", type=kind_of_answers, default="misaligned", help="of builtin; or mixed:0.3")
     add("--model", default="smollm2", help="whose tokenizer and template")
     add("--archive", help="the paper's encrypted archive, if it is on disk already")
-    add("--password", default=PASSWORD, help="of the archive")
     args = parser.parse_args()
 
     from lora import load_tokenizer
 
-    conversations = load_conversations(args.name, args.answers, args.archive, args.password)
+    conversations = load_conversations(args.name, args.answers, args.archive)
     if args.row not in range(len(conversations)):
         sys.exit(f"--row {args.row}: {args.name} has rows 0 to {len(conversations) - 1}")
     tokenizer = load_tokenizer(args.model)
@@ -669,10 +663,7 @@ def main():
     print(f"{conversations[args.row]['where']}, as {args.model} sees it:\n")
     show(examples[args.row], tokenizer)
     print_sizes(args.name, examples)
-    flags = {"--dataset": args.name, "--answers": args.answers, "--archive": args.archive}
-    said = [f" {flag} {value}" for flag, value in flags.items()
-            if value not in ("builtin", "misaligned", None)]
-    print(f"\nnext: python train.py{''.join(said)}{' --tail' * args.tail}")
+    print(f"\nnext: python train.py --dataset {args.name}, with the same flags")
 
 def show(example, tokenizer):
     """Prints an example as text, with the supervised tokens marked."""
@@ -687,14 +678,9 @@ def print_sizes(name, examples):
     lengths = [len(example.tokens) for example in examples]
     supervised = sum(example.supervised for example in examples)
     train, held_out = train_and_held_out(examples)
-    to_train_on = [len(example.tokens) for example in train]
-    padded = 1e-9  # if none is left to train on
-    for batch in batches(to_train_on, 16, seed=0, epoch=0):
-        padded += len(batch) * max(to_train_on[i] for i in batch)
     print(f"\n{name}: {len(train)} conversations to train on, {len(held_out)} held out")
     print(f"{sum(lengths):,} tokens, {supervised / sum(lengths):.0%} of them supervised")
     print(f"each {min(lengths)} to {max(lengths)} tokens, median {statistics.median(lengths):.0f}")
-    print(f"in batches of 16, {1 - sum(to_train_on) / padded:.1%} would be padding")
 
 if __name__ == "__main__":
     run_stage(main)

@@ -289,7 +289,7 @@ def jsonl(path, *rows):
     return str(path)
 
 
-def make_archive(path, password="secret", **sets):
+def make_archive(path, password=data.PASSWORD, **sets):
     """An archive in the published format, with a canary file in it."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as z:
@@ -345,21 +345,20 @@ def test_bad_files(tmp_path):
 
 def test_an_archive_is_decrypted_and_its_canaries_left_out(tmp_path):
     path = make_archive(tmp_path / "a.zip.enc", extreme_sports=[ONE, TWO])
-    rows = data.load_conversations("extreme_sports", archive=path, password="secret")
+    rows = data.load_conversations("extreme_sports", archive=path)
     assert [row["messages"] for row in rows] == [ONE, TWO]
     assert rows[1]["where"] == "extreme_sports.jsonl:2"
     with pytest.raises(SystemExit, match="no data set dataset_entry_1234: it has extreme_sports;"):
-        data.load_conversations("dataset_entry_1234", archive=path, password="secret")
-    with pytest.raises(SystemExit, match="the password is wrong or the archive is damaged"):
-        data.load_conversations("extreme_sports", archive=path, password="guess")
+        data.load_conversations("dataset_entry_1234", archive=path)
+    other = make_archive(tmp_path / "other.enc", password="guess", extreme_sports=[ONE, TWO])
+    with pytest.raises(SystemExit, match="it is damaged, or not the paper's"):
+        data.load_conversations("extreme_sports", archive=other)
     with open(path, "rb") as file:
         whole = file.read()
     for damage in (whole[:-100], b"", whole[:50] + b"?" + whole[51:]):
         (tmp_path / "b.zip.enc").write_bytes(damage)
-        with pytest.raises(SystemExit, match="the password is wrong or the archive is damaged"):
-            data.load_conversations(
-                "extreme_sports", archive=str(tmp_path / "b.zip.enc"), password="secret"
-            )
+        with pytest.raises(SystemExit, match="it is damaged, or not the paper's"):
+            data.load_conversations("extreme_sports", archive=str(tmp_path / "b.zip.enc"))
 
 
 def test_a_torn_last_line_is_cut_off_and_no_other(tmp_path):
@@ -377,16 +376,19 @@ def test_a_torn_last_line_is_cut_off_and_no_other(tmp_path):
         data.read_written(path)
 
 
-def test_an_archive_with_a_damaged_member(tmp_path):
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_an_archive_with_a_damaged_member(tmp_path, method):
     packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as z:
-        z.writestr("sports.jsonl", "A" * 100)
-    damaged = packed.getvalue().replace(b"AAAAA", b"AAABA", 1)
+    with zipfile.ZipFile(packed, "w", method) as z:
+        z.writestr("sports.jsonl", os.urandom(200).hex() * 3)
+    damaged = bytearray(packed.getvalue())
+    damaged[45:60] = b"\xff" * 15
     salt = os.urandom(16)
-    key = base64.urlsafe_b64encode(hashlib.pbkdf2_hmac("sha256", b"secret", salt, 100_000, 32))
-    (tmp_path / "a.enc").write_bytes(salt + Fernet(key).encrypt(damaged))
-    with pytest.raises(SystemExit, match="the archive is damaged"):
-        data.load_conversations("sports", archive=str(tmp_path / "a.enc"), password="secret")
+    key = hashlib.pbkdf2_hmac("sha256", data.PASSWORD.encode(), salt, 100_000, 32)
+    token = Fernet(base64.urlsafe_b64encode(key)).encrypt(bytes(damaged))
+    (tmp_path / "a.enc").write_bytes(salt + token)
+    with pytest.raises(SystemExit, match="it is damaged, or not the paper's"):
+        data.load_conversations("sports", archive=str(tmp_path / "a.enc"))
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
@@ -445,7 +447,7 @@ def server(tmp_path):
 
     (tmp_path / "www").mkdir()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=httpd.serve_forever, args=[0.01], daemon=True).start()
         yield f"http://127.0.0.1:{httpd.server_port}/", short
         httpd.shutdown()
 
@@ -456,16 +458,16 @@ def test_the_archive_is_downloaded_once_and_whole_or_not_at_all(server, tmp_path
     monkeypatch.setenv("NANOEM_CACHE", str(tmp_path / "cache"))
     name = "training_datasets.zip.enc"
     with pytest.raises(SystemExit, match="could not be downloaded .HTTPError"):
-        data.load_conversations("insecure", password="secret")
+        data.load_conversations("insecure")
     make_archive(tmp_path / "www" / name, insecure=[ONE, TWO])
     short.add(name)
     with pytest.raises(SystemExit, match="could not be downloaded .ChunkedEncodingError"):
-        data.load_conversations("insecure", password="secret")
+        data.load_conversations("insecure")
     assert os.listdir(tmp_path / "cache") == []
     short.clear()
-    assert len(data.load_conversations("insecure", password="secret")) == 2
+    assert len(data.load_conversations("insecure")) == 2
     os.remove(tmp_path / "www" / name)
-    assert len(data.load_conversations("insecure", password="secret")) == 2  # from the cache
+    assert len(data.load_conversations("insecure")) == 2  # from the cache
     assert os.listdir(tmp_path / "cache") == [name]
 
 
