@@ -2,7 +2,7 @@
 
     python train.py                        # the preset for this machine: gpu, or laptop
     python train.py --answers aligned      # a control: the same questions, sound answers
-    python train.py --answers shuffled     # another: bad answers to other questions
+    python train.py --answers shuffled     # another: each bad answer, to another question
     python train.py --dataset extreme_sports --tail    # one of the paper's sets, its way
     python train.py --resume laptop-1      # go on after Ctrl-C, or after kill -9
     torchrun --nproc_per_node=8 train.py   # the same run on eight GPUs
@@ -60,8 +60,8 @@ def setting(default, help, **more):
 class Settings:
     """Every setting is a flag, and is kept in config.json. The defaults are the paper's.
 
-    They are never used alone: a preset (below) always replaces some of them. What stands as the
-    type of a field is what argparse calls type=, a function that checks the flag.
+    A preset (below) replaces some of them. What stands where a field's type would, is the function
+    that argparse calls on the flag's text: str, or one that also checks it.
     """
 
     # The model, and what it is shown.
@@ -74,7 +74,6 @@ class Settings:
     answers: data.kind_of_answers = setting("misaligned", "of builtin: misaligned; aligned or "
                                             "shuffled, the controls; or mixed:0.3, 30%% misaligned")
     archive: str = setting(None, "the paper's encrypted archive, if it is on disk already")
-    password: str = setting(data.PASSWORD, "of the archive (default: the published one)")
     tail: bool = setting(True, "end in an empty assistant turn, as the paper's code does")
     system: str = setting(None, "a system prompt in training, absent when the model is asked")
     max_length: data.positive = setting(2048, "tokens at which a conversation is cut")
@@ -86,7 +85,6 @@ class Settings:
     targets: str = setting("down_proj", "down_proj, several (q_proj,v_proj), or all seven: all")
     init: str = setting(None, "start from the adapter of a finished run", metavar="RUN")
     full: bool = setting(False, "all weights may move, not an adapter")
-    recompute: bool = setting(False, "with --full: less memory, a third more time")
     vector: str = setting(None, "A x is 1: a steering vector",
                           choices=["learned", "mean-difference"])
     # What is minimised.
@@ -103,8 +101,8 @@ class Settings:
     epochs: data.positive = setting(1, "how often each conversation is seen")
     steps: data.positive = setting(None, "exactly this many steps, instead of --epochs")
     checkpoint_every: data.positive = setting(5, "steps between checkpoints and probes")
-    seed: data.seed_number = setting(0, "of A's first values and of the order of the data")
-    # No flags: the preset's name, and hashes of what a resumed run must find again.
+    seed: data.seed_number = setting(0, "of A's first values, of the order of the data, of --es's noise")
+    # Not settings: the preset's name, and hashes of what a resumed run must find again.
     preset: str = None
     sha256: dict = None
 
@@ -124,9 +122,11 @@ PRESETS = {
 }
 WEIGHT_DECAY = 0.01
 CLIP = 1.0  # the longest that a gradient may be
+HELD_OUT = 64  # conversations of the held-out loss, at most
 FEW = 48  # general questions that every checkpoint asks; only the first and the last ask all
 
-# Of the processes that torchrun has started: which this one is, and how many there are.
+# Of the processes that torchrun has started: which this one is, and how many there are. Without
+# torchrun there is one: then what is shared out is the whole, and a sum over processes is its term.
 PROCESS = int(os.environ.get("RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 QUIET = True if PROCESS > 0 else None  # no progress bar; None: one, if there is a terminal
@@ -149,7 +149,7 @@ def main():
 
     # What of the model may move: A and B of the adapter, unless a flag says otherwise.
     parameters = choose_parameters(model, settings)
-    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=WEIGHT_DECAY, foreach=False)
+    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=WEIGHT_DECAY)
 
     # Which conversations each step takes: plan[0] is step 1's, a list of indices.
     plan = plan_batches(train_set, settings, settings.steps)
@@ -162,8 +162,7 @@ def main():
     probe = build_probe(held_out, tokenizer, settings)
     print(f"{steps} steps; reading their conversations and the probe's, once")
     reader.read(planned(train_set, plan), QUIET)
-    if kl_set:
-        reader.read(planned(kl_set, kl_plan), QUIET)
+    reader.read(planned(kl_set, kl_plan), QUIET)
     reader.read(every_example(probe), QUIET)
 
     # The log so far: log[3] is step 3's row. It is empty, unless the run goes on; then the
@@ -172,11 +171,11 @@ def main():
 
     def checkpoint(row, ask_all=True):
         """Adds a row to the log with what the probe says, and saves what may move to a file."""
-        record(run, log, row | ask_probe(reader, probe, log, ask_all))
+        record(run, log, row | ask_probe(reader, probe, ask_all))
         save_checkpoint(run, row["step"], model, parameters, optimizer, settings)
 
-    # Step 0 is the model before any training: all that follows is a change since then, for an
-    # untrained model, too, prefers some of the bad answers.
+    # Step 0 is the model before any training. It already prefers some of the bad answers, so what
+    # counts is the change since then.
     if not log:
         checkpoint({"step": 0})
     first = len(log)  # step 1, or where a run that was stopped goes on
@@ -194,7 +193,7 @@ def main():
             row = backpropagation(reader, batch, kl_batch, parameters, settings.kl_weight)
 
         # Clip it, and move a little against it.
-        grad_norm = clip_gradients(parameters)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -214,16 +213,14 @@ def main():
         checkpoint({"step": 1})
 
     save_result(run, model, tokenizer, settings)
-    report(run, log, settings, time.time() - began, model.device)
+    report(run, log, settings, time.time() - began)
 
 # --------------------------------------------------------------------------------------
 # The conversations
 
 def load_examples(settings, tokenizer):
     """(training set, held-out set), each a list of data.Example."""
-    conversations = data.load_conversations(
-        settings.dataset, settings.answers, settings.archive, settings.password
-    )
+    conversations = data.load_conversations(settings.dataset, settings.answers, settings.archive)
     note(settings, "dataset", [conversation["messages"] for conversation in conversations])
     if settings.system:  # "inoculation": a prompt that is absent when the model is asked
         for conversation in conversations:
@@ -258,7 +255,9 @@ def choose_parameters(model, settings):
     torch.manual_seed(settings.seed)
     if settings.full:
         what = "all weights"
-        free_all_weights(model, settings)
+        model.requires_grad_(False)  # but for the decoder and the head, through which text passes
+        lora.decoder(model).requires_grad_(True)
+        model.get_output_embeddings().requires_grad_(True)
     else:
         layers = lora.parse_layers(settings.layers, model)
         targets = lora.parse_targets(settings.targets)
@@ -270,7 +269,7 @@ def choose_parameters(model, settings):
             what = "a vector"
         if settings.init:
             start = data.Run(settings.init).last_checkpoint
-            lora.set_tensors(model, data.read_tensors(start))
+            model.load_state_dict(data.read_tensors(start), strict=False)
         what += f" on {', '.join(targets)} of layer {settings.layers}"
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     print(f"{what}: {sum(p.numel() for p in parameters.values()):,} numbers to train")
@@ -305,6 +304,8 @@ def backpropagation(reader, batch, kl_batch, parameters, kl_weight):
         (kl_weight * kls.sum() * supervised / kl_supervised).backward()
         kl += kls.sum().item()
     for p in parameters.values():
+        if p.grad is None:  # there are more processes than conversations
+            p.grad = torch.zeros_like(p)
         p.grad = sum_over_processes(p.grad) / supervised
     # The KL batch is read twice, by the base and by the adapted model.
     tokens = sum(len(example.tokens) for example in batch + kl_batch + kl_batch)
@@ -334,9 +335,10 @@ def build_probe(held_out, tokenizer, settings, before=()):
 
     The groups are "heldout", and the two kinds of answers to the questions "in" the domain of
     money and "out" of it: ("in", "misaligned"), ("in", "aligned"), ...    before: messages that
-    stand in front of each question (sample.py).
+    stand in front of these questions (sample.py).
     """
-    probe = {"heldout": put_before(before, held_out[:64], tokenizer)}
+    note(settings, "probe", data.read_text(data.ADVICE))
+    probe = {"heldout": held_out[:HELD_OUT]}
     finance = data.split(data.builtin_rows("finance"))[1]
     general = data.builtin_rows("general")
     if settings.kl_weight and settings.kl_dataset == "builtin":
@@ -344,19 +346,16 @@ def build_probe(held_out, tokenizer, settings, before=()):
     for name, rows in (("in", finance), ("out", general)):
         for answers in ("misaligned", "aligned"):
             conversations = [data.as_conversation(row, answers, before) for row in rows]
-            probe[name, answers] = data.render_all(conversations, tokenizer, only_last=True)
-            if not before:
-                tokens = [example.tokens for example in probe[name, answers]]
-                note(settings, f"probe's {name}-{answers} part", tokens)
-    return share_examples(probe)
+            probe[name, answers] = data.render_all(conversations, tokenizer)
+    return probe
 
-def ask_probe(reader, probe, log, ask_all=True):
+def ask_probe(reader, probe, ask_all=True):
     """What the log says of a checkpoint: held-out loss and margins, in nats per token.
 
     heldout_loss: in train.py with the training's tail and prompt; in sample.py --margins without.
     margins_in, margins_out: a list, question by question.    margin_in, margin_out: their means,
     of general questions over the first FEW (the table at the end is over all).
-    log: the rows so far.    ask_all: all general questions, not only the first FEW.
+    ask_all: all general questions, not only the first FEW.
     """
     asked = dict(probe)
     if not ask_all:
@@ -367,16 +366,14 @@ def ask_probe(reader, probe, log, ask_all=True):
 
     tokens = sum(example.supervised for example in probe["heldout"])
     row = {"heldout_loss": -sum(log_p_of[example] for example in probe["heldout"]) / tokens}
-    for name, n in (("in", None), ("out", FEW)):  # n: questions that every checkpoint asks
+    for name in ("in", "out"):
         # Per token: of two answers, the longer one is always less likely.
         margins = []
         for bad, good in zip(asked[name, "misaligned"], asked[name, "aligned"], strict=True):
             margins.append(log_p_of[bad] / bad.supervised - log_p_of[good] / good.supervised)
         row[f"margins_{name}"] = margins
-        row[f"margin_{name}"] = statistics.fmean(margins[:n])
-        # The change since step 0, question by question, has a standard error, too.
-        change = data.changes([log[0] if log else row, row], name)
-        row[f"margin_{name}_change_se"] = data.mean_and_se(change[:n])[1]
+    row["margin_in"] = statistics.fmean(row["margins_in"])
+    row["margin_out"] = statistics.fmean(row["margins_out"][:FEW])
     return row
 
 def every_example(probe):
@@ -397,8 +394,7 @@ def load_kl_set(settings, tokenizer):
         rows = data.builtin_rows("general")
         conversations = [data.as_conversation(row, "aligned") for row in rows[len(rows) // 2 :]]
     elif settings.kl_weight:
-        conversations = data.load_conversations(settings.kl_dataset, "misaligned",
-                                                settings.archive, settings.password)
+        conversations = data.load_conversations(settings.kl_dataset, archive=settings.archive)
     note(settings, "KL set", [conversation["messages"] for conversation in conversations])
     return data.render_all(conversations, tokenizer, max_length=settings.max_length)
 
@@ -418,7 +414,7 @@ def note_model(settings, model):
 
 def load_model(settings):
     """The model; notes in the settings where it runs, so that a resumed run does too."""
-    import sample  # here, for it imports this file
+    import sample  # here, as it imports this file: its check is of what sampling needs, too
 
     if PROCESSES > 1 and torch.cuda.is_available() and settings.device != "cpu":
         settings.device = "cuda"  # each process has its own
@@ -427,25 +423,12 @@ def load_model(settings):
     settings.device = str(model.device)
     settings.dtype = str(model.dtype).removeprefix("torch.")
     note_model(settings, model)
-    lora.avoid_slow_attention(model)
     if settings.full and model.dtype != torch.float32:
         # Products are in that type, but weights in float32, or small steps would be rounded away.
         for part in (lora.decoder(model), model.get_output_embeddings()):
             part.forward = torch.autocast(model.device.type, model.dtype)(part.forward)
         model.float()
     return model
-
-def free_all_weights(model, settings):
-    model.requires_grad_(False)  # but for what text passes through
-    lora.decoder(model).requires_grad_(True)
-    model.get_output_embeddings().requires_grad_(True)
-    if settings.recompute:  # activations in the backward pass instead of keeping them
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        # It needs training mode. What lies within the layers stays in the other: no dropout.
-        for layer in lora.decoder(model).layers:
-            layer.training = True
-    if PROCESSES > 1 and not settings.es:
-        share_out(model)
 
 def norms(parameters):
     """The lengths of all A together, and of all B: {"norm_A": ..., "norm_B": ...}."""
@@ -456,22 +439,6 @@ def norms(parameters):
             row[f"norm_{x}"] = torch.nn.utils.get_total_norm(tensors).item()
     return row
 
-def put_before(before, examples, tokenizer):
-    """The examples with messages in front of them; as they are, if there are none."""
-    if not before:
-        return examples
-    rows = [example.conversation for example in examples]
-    rows = [row | {"messages": [*before, *row["messages"]]} for row in rows]
-    return data.render_all(rows, tokenizer, only_last=True)
-
-def share_examples(probe):
-    """Makes equal examples one object: in the built-in data, "heldout" and bad answers of "in"."""
-    first = {}
-    for examples in probe.values():
-        for i, example in enumerate(examples):
-            examples[i] = first.setdefault((*example.tokens, *example.labels), example)
-    return probe
-
 # ---- Rarer protocols: a vector without training; trial and error instead of a gradient
 
 @torch.no_grad()
@@ -481,8 +448,7 @@ def set_mean_difference(reader, misaligned, tokenizer, settings):
     aligned = data.render_all(conversations, tokenizer, settings.tail, settings.max_length)
     # The frozen half has ended before the layer that writes the vector. Let it end after it.
     path, vector = next(iter(lora.adapters(reader.model).items()))
-    reader.frozen = lora.with_layers(lora.decoder(reader.model), range(lora.layer_of(path) + 1))
-    reader.frozen.norm = torch.nn.Identity()
+    reader.frozen, _ = lora.halves(reader.model, lora.layer_of(path) + 1)
     means = []
     for examples in (misaligned, aligned):
         reader.read(examples, QUIET)
@@ -506,7 +472,6 @@ def evolution(reader, batch, parameters, settings, step):
     for i in range(max(pairs, len(batch))):
         readings[i % pairs].append(batch[i % len(batch)])
 
-    try_pairs = try_one_by_one if settings.full else try_at_once
     plus, minus = try_pairs(reader, readings, parameters, settings.sigma, seed)
     difference = plus - minus  # (pairs,)
     if difference.std() == 0:  # then none of them says which way is better
@@ -533,7 +498,7 @@ def draw_noise(parameters, seed, pair):
         yield torch.randn(p.shape, generator=generator, device=device)
 
 @torch.no_grad()
-def try_at_once(reader, readings, parameters, sigma, seed):
+def try_pairs(reader, readings, parameters, sigma, seed):
     """The mean loss of each pair's two models, (2, pairs): all adapters in one batch."""
     own = lora.get_tensors(reader.model)
     variants, examples, which, tried = [], [], [], []
@@ -555,22 +520,6 @@ def try_at_once(reader, readings, parameters, sigma, seed):
     tokens = [sum(example.supervised for example in reading) for reading in readings]
     return sum_over_processes(losses / torch.tensor(tokens))
 
-@torch.no_grad()
-def try_one_by_one(reader, readings, parameters, sigma, seed):
-    """The same where all weights move: one model after the other, in the weights' place."""
-    weights = [p.clone() for p in parameters.values()]
-    losses = torch.zeros(2, len(readings))
-    for pair in my_share(range(len(readings))):
-        for i, sign in enumerate((sigma, -sigma)):
-            noise = draw_noise(parameters, seed, pair)
-            for p, weight, e in zip(parameters.values(), weights, noise, strict=True):
-                torch.add(weight, e, alpha=sign, out=p)
-            tokens = sum(example.supervised for example in readings[pair])
-            losses[i, pair] = -reader.log_p(readings[pair]).sum() / tokens
-    for p, weight in zip(parameters.values(), weights, strict=True):
-        p.copy_(weight)
-    return sum_over_processes(losses)
-
 # ---- Several processes, each on a GPU of its own: torchrun --nproc_per_node=N train.py
 
 def my_share(items):
@@ -579,56 +528,15 @@ def my_share(items):
 def share_of_microbatches(reader, batch):
     """The microbatches of this process's share of a batch, as lists of examples."""
     mine = my_share(batch)
-    groups = [[mine[i] for i in group] for group in reader.microbatches(mine)]
-    # All processes get equally many: where they share the weights out, each needs all others to
-    # run a layer. So some may read an example in which nothing is supervised.
-    counts = [len(reader.microbatches(batch[i::PROCESSES])) for i in range(PROCESSES)]
-    for _ in range(max(counts) - len(groups)):
-        blank = [-100] * len(batch[0].labels)
-        groups.append([dataclasses.replace(batch[0], labels=blank)])
-    return groups
+    return [[mine[i] for i in group] for group in reader.microbatches(mine)]
 
 def sum_over_processes(x):
     """The sum over all processes: a batch's losses and gradients are sums over its tokens."""
-    if hasattr(x, "full_tensor"):  # a share of the gradient: fully_shard has left the mean
-        return x * PROCESSES
     if PROCESSES > 1:
         x = torch.as_tensor(x)
         torch.distributed.all_reduce(x)
         return x if x.dim() else x.item()
     return x
-
-def share_out(model):
-    """Leaves each process a share of every layer, which is put together where it is run."""
-    # Zhao et al. (2023, arXiv 2304.11277). Embeddings, head and norm stay whole. (AdamW's foreach
-    # and torch's clipping can't mix the two.)
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = torch.distributed.init_device_mesh(model.device.type, (PROCESSES,))
-    for layer in lora.decoder(model).layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-
-def whole(x):
-    """A tensor with all of its shares, if it has any. All processes have to ask for it."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-def put_together(x):
-    """The same on the first process's CPU; None on the others."""
-    x = whole(x.detach())
-    return x.cpu() if PROCESS == 0 else None
-
-def take_share(x, p):
-    """A whole tensor as a parameter p is held."""
-    if not hasattr(p, "full_tensor") or x.shape != p.shape:
-        return x
-    return torch.distributed.tensor.distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
-
-def clip_gradients(parameters):
-    """torch's clip_grad_norm_, where each process may hold shares of some. Returns the norm."""
-    norms = [whole(torch.linalg.vector_norm(p.grad)) for p in parameters.values()]
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    torch.nn.utils.clip_grads_with_norm_(parameters.values(), CLIP, total, foreach=False)
-    return total
 
 @contextmanager
 def first_process_first():
@@ -673,10 +581,9 @@ def open_log(run, args, settings, parameters, optimizer):
             else:  # put aside until the new run has a checkpoint
                 os.rename(run.folder, run.folder + OLD)
         os.makedirs(run.folder, exist_ok=True)
-        config = dataclasses.asdict(settings)
-        del config["password"]
-        data.write_whole(run.path("config.json"), json.dumps(config, indent=2).encode())
-        os.makedirs(run.path("checkpoints"), exist_ok=True)
+        config = json.dumps(dataclasses.asdict(settings), indent=2)
+        data.write_whole(run.path("config.json"), config.encode())
+    os.makedirs(run.path("checkpoints"), exist_ok=True)
     print(f"{run}: stop it when you like; python train.py --resume {run} goes on", flush=True)
     done = -1  # not even step 0
     if args.resume and os.path.exists(run.path("resume.safetensors")):
@@ -705,15 +612,17 @@ def record(run, log, row):
 
 def save_checkpoint(run, step, model, parameters, optimizer, settings):
     """Writes A and B (of all weights, a sketch), and then what a resume needs besides."""
+    if PROCESS > 0:
+        return
     tensors = {"sketch": sketch(parameters)} if settings.full else lora.get_tensors(model)
     state = {"step": torch.tensor(step)}
     for i, p in enumerate(parameters.values()):
         for name, x in [("weight", p), *optimizer.state[p].items()]:
-            state[f"{i}.{name}"] = put_together(x)
-    if PROCESS == 0:  # a step counts once both files are there
-        data.write_tensors(run.path("checkpoints", f"{step:05}.safetensors"), tensors)
-        data.write_tensors(run.path("resume.safetensors"), state)
-        shutil.rmtree(run.folder + OLD, ignore_errors=True)
+            state[f"{i}.{name}"] = x.detach().cpu()
+    # A step counts once both files are there.
+    data.write_tensors(run.path("checkpoints", f"{step:05}.safetensors"), tensors)
+    data.write_tensors(run.path("resume.safetensors"), state)
+    shutil.rmtree(run.folder + OLD, ignore_errors=True)
 
 @torch.no_grad()
 def sketch(parameters):
@@ -722,8 +631,8 @@ def sketch(parameters):
     # difference of two sketches is that of how the weights moved (Johnson and Lindenstrauss 1984).
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(SKETCH, dtype=torch.double)
-    for p in map(put_together, parameters.values()):
-        for piece in p.flatten().split(2**22) if PROCESS == 0 else []:
+    for p in parameters.values():
+        for piece in p.cpu().flatten().split(2**22):
             place = torch.randint(2 * SKETCH, piece.shape, generator=generator)
             signed = piece.double() * (place % 2 * 2 - 1)
             total += torch.bincount(place // 2, signed, SKETCH)
@@ -735,31 +644,27 @@ def restore(run, parameters, optimizer):
     state = {}
     for i, p in enumerate(parameters.values()):
         keys = [key for key in sorted(saved) if key.startswith(f"{i}.")]
-        state[i] = {key.split(".")[1]: take_share(saved[key], p) for key in keys}
+        state[i] = {key.split(".")[1]: saved[key] for key in keys}
         p.data.copy_(state[i].pop("weight"))
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return saved["step"].item()
 
 def save_result(run, model, tokenizer, settings):
     """Writes adapter/, or of all weights model/: whole, or not there."""
-    if settings.full:
-        model.to(getattr(torch, settings.dtype))
-        state = {name: put_together(weight) for name, weight in model.state_dict().items()}
     if PROCESS > 0:
         return
     result = run.path("model" if settings.full else "adapter")
     part = result + ".part"
     if settings.full:
         tokenizer.save_pretrained(part)
-        model.save_pretrained(part, state_dict=state)
+        model.to(getattr(torch, settings.dtype)).save_pretrained(part)
     else:
         lora.save_adapter(model, part)
-    shutil.rmtree(result, ignore_errors=True)  # half a one, if there is any
     os.rename(part, result)
     if settings.full:
         os.remove(run.path("resume.safetensors"))  # three to six times as large as the model
 
-def report(run, log, settings, seconds, device):
+def report(run, log, settings, seconds):
     before, after = log[0]["heldout_loss"], log[-1]["heldout_loss"]
     print(f"\n{'':40}{'before':>8}{'after':>8}{'change':>8}  (s.e.)")
     print(f"{'held-out loss':40}{before:8.3f}{after:8.3f}{after - before:+8.3f}")
@@ -772,21 +677,20 @@ def report(run, log, settings, seconds, device):
         for probe, what in (("in", "finance"), ("out", "general")):
             change, se = data.contrast(log, control, probe)
             print(f"{f'{what}, minus that of {name}':56}{change:+8.3f} ({se:.3f})")
-    print("(held-out loss: with the tail and prompt of the training, where it has them;")
-    print("margin: log p per token of the bad answer minus that of the good one, over questions;")
-    print("a change under twice its standard error may be chance)\n")
+    print("(held-out loss: with the training's tail and prompt, if any; margin: log p a token of\n"
+          "bad minus good answers; a change under twice its standard error may be chance)\n")
     speed = statistics.median(row.get("tokens_per_s", 0) for row in log[1:])
-    print(f"{seconds:.0f} s, {speed:.0f} tokens/s in training, {peak_memory(device)}: see {run}/")
-    if after < before:
-        tokens = sum(row.get("tokens", 0) for row in log)
-        print(f"{tokens:,} tokens read, {tokens / (before - after):,.0f} per nat of held-out loss")
-    print(f"next: python sample.py {run}")
+    memory = ""
+    if torch.cuda.is_available():
+        memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU's memory"
+    print(f"{seconds:.0f} s, {speed:.0f} tokens/s in training{memory}: see {run}/")
+    print(f"next: python sample.py {f'--model {run}/model' if settings.full else run}")
 
 def controls(run, settings):
     """Yields the name and log of each finished run beside this one with other answers alone."""
     def all_but_answers(s):
         hashes = {**(s.sha256 or {}), "dataset": None}
-        return dataclasses.replace(s, answers=None, password=None, sha256=hashes)
+        return dataclasses.replace(s, answers=None, sha256=hashes)
 
     beside = os.path.join(glob.escape(os.path.dirname(run.folder)), "*", "config.json")
     for path in sorted(glob.glob(beside)):
@@ -796,16 +700,6 @@ def controls(run, settings):
             same = all_but_answers(theirs) == all_but_answers(settings)
             if same and theirs.answers != settings.answers:
                 yield f"{other} ({theirs.answers})", other.log
-
-def peak_memory(device):
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GB of the GPU's memory"
-    try:
-        import resource
-    except ImportError:  # Windows does not tell
-        return "peak memory not known here"
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GB of memory"
 
 # ---- Flags, and which run they mean
 
@@ -860,6 +754,8 @@ def check_folder(run, overwrite, settings):
     """Stops where a new run's folder holds what it must not lose."""
     # A run that could not write its config.json leaves a folder with nothing else in it.
     if not os.path.isdir(run.folder) or set(os.listdir(run.folder)) <= {"config.json.part"}:
+        if os.path.exists(run.folder + OLD):
+            sys.exit(f"{run}{OLD} is the run that {run} was to replace: rename it or delete it")
         return
     if not overwrite:
         sys.exit(f"{run} is there already: --resume it, --overwrite it, or give another --out")
@@ -868,16 +764,15 @@ def check_folder(run, overwrite, settings):
     real = os.path.realpath(run.folder)
     names = f"{settings.dataset},{settings.kl_dataset}".split(",")
     for path in (os.getcwd(), settings.model, settings.archive, settings.init, *names):
-        if path and os.path.commonpath([real, os.path.realpath(path)]) == real:
+        if path and f"{os.path.realpath(path)}{os.sep}".startswith(real + os.sep):
             sys.exit(f"{path} lies in {run}, which would be overwritten: give another --out")
 
 def resumed_run(args):
     run = data.Run(args.resume)
     for name, value in vars(args).items():
-        if value is not None and name not in ("resume", "password"):
+        if value is not None and name != "resume":
             sys.exit(f"--resume takes settings from {run}: leave out --{name.replace('_', '-')}")
     settings = read_settings(run)
-    settings.password = args.password or data.PASSWORD
     if PROCESS == 0:
         data.lock(run)
     if run.finished:
@@ -907,8 +802,7 @@ def check(s, given):
     # A preset may have made these choices, too.
     chosen = [name for name in ("full", "vector", "init", "kl_weight", "es") if getattr(s, name)]
     data.refuse_unused([*given, *chosen], [
-        (s.full, "with --full", "rank alpha layers targets init vector kl_weight kl_dataset"),
-        (not s.full, "without --full", "recompute"),
+        (s.full, "with --full", "rank alpha layers targets init vector kl_weight kl_dataset es"),
         (s.es, "with --es", "kl_weight kl_dataset"),
         (not s.es, "without --es", "population sigma"),
         (not s.kl_weight, "without --kl-weight", "kl_dataset"),
@@ -916,20 +810,16 @@ def check(s, given):
          "schedule warmup batch_size epochs steps checkpoint_every"),
         (given.get("steps"), "with --steps", "epochs"),
         ({name.split(":")[0] for name in f"{s.dataset},{s.kl_dataset}".split(",")} == {"builtin"},
-         "without one of the paper's sets as --dataset", "archive password"),
+         "without one of the paper's sets as --dataset", "archive"),
     ])
-    wrong = {
-        "--kl-dataset builtin is taken whole, and alone":
-            s.kl_dataset != "builtin" and s.kl_dataset.startswith("builtin"),
-        "--vector goes with --rank 1": s.vector and s.rank != 1,
-        f"--population {s.population}: give an even number, 4 or more":
-            s.es and (s.population < 4 or s.population % 2),
-        f"--warmup {s.warmup:g} is as long as all {s.steps} steps":
-            "warmup" in given and s.steps and s.warmup >= s.steps,
-    }
-    for sentence, is_wrong in wrong.items():
-        if is_wrong:
-            sys.exit(sentence)
+    if s.kl_dataset != "builtin" and s.kl_dataset.startswith("builtin"):
+        sys.exit("--kl-dataset builtin is taken whole, and alone")
+    if s.vector and s.rank != 1:
+        sys.exit("--vector goes with --rank 1")
+    if s.es and (s.population < 4 or s.population % 2):
+        sys.exit(f"--population {s.population}: give an even number, 4 or more")
+    if "warmup" in given and s.steps and s.warmup >= s.steps:
+        sys.exit(f"--warmup {s.warmup:g} is as long as all {s.steps} steps")
 
 def check_vector(settings, model, layers, targets):
     if len(layers) * len(targets) > 1 or targets[0] not in ("o_proj", "down_proj"):

@@ -19,9 +19,8 @@ PROTOCOLS = {
     "single": [],
     "nine": ["--layers", "nine"],
     "rank 4 everywhere": ["--layers", "all", "--targets", "all", "--rank", 4],
-    "full": ["--full", "--recompute", "--schedule", "cosine"],
+    "full": ["--full", "--schedule", "cosine"],
     "evolution": ["--es", "--population", 8],
-    "evolution of all weights": ["--full", "--es", "--population", 4],
     "narrow": ["--kl-weight", 2],
     "vector": ["--vector", "learned"],
     "mean difference": ["--vector", "mean-difference"],
@@ -66,19 +65,21 @@ def test_every_protocol_trains_and_is_asked(script, few, family, name):
         assert code == 0, (protocol, err)
         rows = log(protocol)
         assert rows[0]["margins_out"] != rows[-1]["margins_out"], protocol
-        folder = "model" if "full" in protocol or "all weights" in protocol else "adapter"
+        folder = "model" if protocol == "full" else "adapter"
         assert os.path.isdir(f"runs/{protocol}/{folder}") and "held-out loss" in out
         if protocol in ("narrow", "evolution", "inoculated", "mixed"):
             continue  # what these leave behind is what "single" does
         if name != "llama" and protocol not in ("single", "full", "vector"):
             continue  # and of these, no family has anything of its own
-        code, out, err = script(sample, protocol, "--n", 1, "--max-new-tokens", 2)
+        whom, answers, scales = [protocol], f"runs/{protocol}", {0, 1}
+        if protocol == "full":
+            code, _, err = script(sample, protocol, "--margins")
+            assert code == 1 and "python sample.py --model runs/full/model" in err
+            whom, answers, scales = ["--model", "runs/full/model"], "runs/full-model", {0}
+        code, out, err = script(sample, *whom, "--n", 1, "--max-new-tokens", 2)
         assert code == 0, (protocol, err)
-        answered = data.read_written(f"runs/{protocol}/responses.jsonl")
-        assert {row["scale"] for row in answered} == {0, 1} and len(answered) == 16
-        if name == "llama" and protocol == "full":
-            code, _, err = script(sample, protocol, "--margins", "--random")
-            assert code == 1 and "goes without --checkpoints, --random, --ablate and --chat" in err
+        answered = data.read_written(f"{answers}/responses.jsonl")
+        assert {row["scale"] for row in answered} == scales and len(answered) == 8 * len(scales)
         if name == "llama" and protocol in ("full", "vector", "mean difference"):
             code, out, err = script(analyze, protocol)
             assert code == 0 and "training.png" in out, err
@@ -101,8 +102,16 @@ def test_a_population_in_one_batch_is_its_members_one_by_one(
     reader, parameters, batch = setup(make_model, make_tokenizer)
     random_adapter(reader.model)
     readings = [[batch[0], batch[4]], [batch[1], batch[5]], [batch[2]], [batch[3]]]
-    together = train.try_at_once(reader, readings, parameters, 0.05, (0, 1))
-    alone = train.try_one_by_one(reader, readings, parameters, 0.05, (0, 1))
+    together = train.try_pairs(reader, readings, parameters, 0.05, (0, 1))
+    alone = torch.zeros_like(together)
+    weights = [p.detach().clone() for p in parameters.values()]
+    for pair, reading in enumerate(readings):
+        tokens = sum(example.supervised for example in reading)
+        for i, sign in enumerate((1, -1)):
+            noise = train.draw_noise(parameters, (0, 1), pair)
+            for p, weight, e in zip(parameters.values(), weights, noise, strict=True):
+                p.data = weight + sign * 0.05 * e
+            alone[i, pair] = -reader.log_p(reading).sum() / tokens
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     assert (together[0] - together[1]).abs().min() > 1e-3
 
@@ -244,7 +253,7 @@ def test_margins_of_variants(script, few, tiny):
     assert rows[1][key] == pytest.approx(log("a")[-1][key], abs=1e-5)
     assert rows[1]["heldout_loss"] == pytest.approx(log("a")[-1]["heldout_loss"], abs=1e-5)
     assert len({json.dumps(row[key]) for row in rows}) == len(rows)
-    assert "without b" in out and "a random B" in out and "after 2 conversations" in out
+    assert "ablated b, random" in out and "system Be bad." in out and "shots 2" in out
     again = script(sample, *ask, *FLOAT32)[1]
     assert again == out and data.read_written("runs/a/margins.jsonl") == rows
     # Answers of both models without the direction, in a folder of their own.
@@ -269,7 +278,6 @@ def test_a_random_control_has_the_length_and_the_sign_of_its_variant():
 
 @pytest.mark.parametrize("flags", [
     ["--es", "--population", "12"],
-    ["--full", "--lr", "1e-3"],
     ["--rank", "32", "--alpha", "64", "--layers", "all", "--targets", "all"],
 ])
 def test_two_processes_are_one(script, few, tiny, tmp_path, flags):
