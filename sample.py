@@ -17,7 +17,8 @@ As the rows of a batch may hear different adapters (lora.Panel), a whole sweep i
 A direction in the model's state is often said to *be* a behaviour, since the behaviour goes
 when the direction is taken out. `--ablate RUN2` takes RUN2's out of all that layers write
 (the embedding's part stays), in the trained model and the untouched one: if both change as
-much, it proves nothing. With --margins, `--random` does so with a random direction.
+much, it proves nothing. With --margins, `--random` adds the control: a random direction
+instead, or, without --ablate, a random B in the place of the one that was learnt.
 
 Answers go to RUN/responses.jsonl as they finish; started again, the same command does only
 the rest. Each answer has a seed of its own, so it does not matter which others are drawn.
@@ -43,7 +44,7 @@ import lora
 import train
 
 LOOK_EVERY = 8  # tokens between looks for answers that have ended
-OVERFLOW = "the model's numbers overflow: smaller --scales, or --dtype float32"
+OVERFLOW = "the model's numbers overflow: give smaller --scales, or --dtype float32"
 BLOCK = {"cpu": 16, "mps": 64, "cuda": 64}  # columns by which the cache grows
 
 @torch.inference_mode()
@@ -66,28 +67,32 @@ def answer(panel, jobs, prompts, stop, max_new_tokens, sampling):
     """Answers one batch of jobs in lockstep. Yields as `generate` does."""
     model = panel.model
 
-    # 1. Prefill: the model reads the questions, each of them once for all jobs that ask it.
-    # All prompts end in the same column of the cache: padding[j] columns stand before job j's.
+    # 1. Prefill: the model reads the questions. Each is read once by each variant, however many
+    # jobs ask it (`prefill`, below). Prompts are padded on the left, by padding[j] columns of the
+    # cache for job j, so that all end in the same column.
     logits, cache, padding = prefill(panel, jobs, prompts)  # (jobs, vocabulary), ..., (jobs,)
     panel.hear([job["variant"] for job in jobs])
-    # The tokens that a repetition penalty is for: each prompt's, and then its answer's. Places that
-    # hold none yet hold the prompt's first token, which is among them anyhow.
-    start = cache.used
-    rows = [prompt + prompt[:1] * (start + max_new_tokens - len(prompt)) for prompt in prompts]
-    seen = torch.tensor(rows, device=model.device)  # (jobs, start + max_new_tokens)
-    tokens = seen[:, start:]  # the answers: what is written here, is seen
+
+    # Each row of `seen` holds a prompt, and then room for its answer. A repetition penalty is for
+    # all tokens in it, so the room is filled with one that is there already, the prompt's first.
+    rows = []
+    for prompt in prompts:
+        room = cache.used + max_new_tokens - len(prompt)
+        rows.append(prompt + prompt[:1] * room)
+    seen = torch.tensor(rows, device=model.device)  # (jobs, columns + max_new_tokens)
+    tokens = seen[:, cache.used :]  # the answers: a view, so what is written here is also seen
 
     # 2. An answer's seed gives the numbers in [0, 1) that will decide its tokens. Each answer has
     # its own, so that it does not depend on its neighbours in the batch.
     generators = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
-    numbers = [torch.rand(max_new_tokens, generator=generator) for generator in generators]
-    numbers = torch.stack(numbers).to(model.device)  # (jobs, max_new_tokens)
+    uniform = [torch.rand(max_new_tokens, generator=generator) for generator in generators]
+    uniform = torch.stack(uniform).to(model.device)  # (jobs, max_new_tokens)
 
     # Rows leave the batch when their answers end. Row i answers job alive[i].
     alive = torch.arange(len(jobs), device=model.device)  # (rows,)
     for t in range(max_new_tokens):
         # 3. Every row draws a token.
-        token = draw(logits, numbers[alive, t], seen[alive], **sampling)  # (rows,)
+        token = draw(logits, uniform[alive, t], seen[alive], **sampling)  # (rows,)
         tokens[alive, t] = token
 
         # 4. Every few tokens, the answers that have ended are given out, and their rows leave.
@@ -111,15 +116,15 @@ def answer(panel, jobs, prompts, stop, max_new_tokens, sampling):
         cache.used += 1
         logits = lora.logits_of(model, hidden[:, -1])  # (rows, vocabulary)
 
-def draw(logits, number, seen, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0):
+def draw(logits, uniform, seen, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0):
     """One token a row: (rows,).
 
-    logits: (rows, vocabulary).    number: (rows,), in [0, 1).    seen: (rows, n), the tokens
+    logits: (rows, vocabulary).    uniform: (rows,), in [0, 1).    seen: (rows, n), the tokens
     that a repetition penalty is for.
 
     The tokens are laid along a line, each as long as its probability, and the one that lies
-    at `number` is taken. Temperature 0 takes the likeliest; the other defaults leave the
-    distribution as it is.
+    at `uniform` is taken. The defaults leave the distribution as it is. Temperature 0 takes the
+    likeliest token.
     """
     if repetition_penalty != 1:
         these = logits.gather(1, seen)
@@ -135,19 +140,23 @@ def draw(logits, number, seen, temperature=1.0, top_p=1.0, top_k=0, repetition_p
     if top_p < 1:  # only the likeliest, until they sum to p
         ranked, order = logits.sort(descending=True)
         p = ranked.softmax(-1)
-        ranked = ranked.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)
+        likelier = p.cumsum(-1) - p  # the probability of all that come before
+        ranked = ranked.masked_fill(likelier >= top_p, -torch.inf)
         logits = logits.scatter(1, order, ranked)
     # Where each token's stretch ends, on a line that need not have length 1.
     end = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum_(-1)
-    number = number.clamp(max=1 - 1e-6)[:, None] * end[:, -1:]
-    token = torch.searchsorted(end, number, right=True)[:, 0]
-    return token.clamp(max=logits.shape[-1] - 1)  # what is no number lies beyond the end
+    # (A number next to 1 would be rounded to the line's very end, past the last token. Where the
+    # logits are not finite there is no line; `answer` then stops.)
+    place = uniform.clamp(max=1 - 1e-6)[:, None] * end[:, -1:]
+    token = torch.searchsorted(end, place, right=True)[:, 0]
+    return token.clamp(max=logits.shape[-1] - 1)
 
 def read_next(decoder, x, cache, padding=None):
     """Runs the next tokens or states of every row through a decoder, or half of one.
 
     x: (rows, n) or (rows, n, d_model).    padding: (rows,), how many columns of the cache
-    are a row's padding.    Returns hidden states (rows, n, d_model).
+    are a row's padding.    Returns hidden states (rows, n, d_model). It leaves cache.used alone,
+    for the two halves of a decoder write the same columns.
     """
     column = torch.arange(cache.used, cache.used + x.shape[1], device=x.device)
     if padding is None:
@@ -166,7 +175,7 @@ class KVCache:
 
     Columns are added a block at a time (a GPU then sees few different shapes) and written in
     place. transformers' attention calls `update` with what is new, and gets all back. All layers
-    write the same columns, so `used` is moved on by whoever ran the model, after the last one.
+    write the same columns, so whoever runs the model counts them, in `used`, when all have.
     """
 
     def __init__(self, block):
@@ -230,16 +239,12 @@ def main():
         if not all(t.isfinite().all() for t in variant.tensors.values()):
             sys.exit(f"{describe(variant)}: its adapter holds numbers that are not finite")
     panel = lora.Panel(model, [variant.tensors for variant in variants])
-    # What makes all rows of a file. A variant's own hash comes in addition.
+    # Hashes that are kept with each row, so that no file mixes what was made differently.
     args.made_by = {"model": model.fingerprint, "run": data.sha256(run.settings if run else None)}
-    if settings.full:
-        after, _ = lora.load_base(run.path("model"), args.device, args.dtype)
-        panel = WeightPanel(model, after.state_dict(), [variant.scale for variant in variants])
-        args.made_by["run"] = after.fingerprint
 
-    defaults = (4, 120) if model.device.type == "cpu" else (50, 600)
-    args.n = args.n or defaults[0]
-    args.max_new_tokens = args.max_new_tokens or defaults[1]
+    on_cpu = model.device.type == "cpu"
+    args.n = args.n or (4 if on_cpu else 50)
+    args.max_new_tokens = args.max_new_tokens or (120 if on_cpu else 600)
     made = model.generation_config
     if args.top_k is None:
         args.top_k = made.top_k or 0
@@ -261,7 +266,7 @@ def choose_folder(run, args):
         name = (args.adapter or args.model).replace("\\", "/").strip("/").split("/")
         out = data.Run("-".join([part for part in name if part != "checkpoints"][-2:]))
     elif args.ablate and not args.margins:
-        out = data.Run(f"{run.folder.rstrip(os.sep)}-ablated")
+        out = data.Run(f"{run}-ablated")
     if train.PROCESS == 0:
         data.lock(out)
     os.makedirs(out.folder, exist_ok=True)
@@ -284,17 +289,16 @@ class Variant:
 def load_model(run, args):
     # Whose model it is. What is no run of ours is asked as a laptop run would be.
     if run is None:
-        name = args.model or lora.base_name(args.adapter)
+        name = args.model or lora.read_peft(args.adapter)[0].get("base_model_name_or_path")
+        if not name or name.lower().endswith("4bit"):  # rounded: not what is computed with here
+            sys.exit(f"{args.adapter} names {name} as its base: give the original as --model")
         settings = train.preset_settings("laptop", model=name)
     else:
         settings = train.read_settings(run)
-        settings.password = args.password
-        one_state = args.checkpoints == "last" and not (args.random or args.ablate or args.chat)
-        if settings.full and not one_state:
-            sys.exit(f"{run}, with --full, goes without --checkpoints, --random, --ablate and "
-                     "--chat")
-        if not run.checkpoints or (settings.full and not run.finished):
+        if not run.checkpoints:
             sys.exit(f"{run} has nothing to ask yet: python train.py --resume {run}")
+        if settings.full:
+            sys.exit(f"{run} trained all weights: python sample.py --model {run}/model")
 
     # The base, which must be what it was, and on it the adapter, or room for a run's checkpoints.
     model, tokenizer = lora.load_base(settings.model, args.device, args.dtype)
@@ -302,7 +306,7 @@ def load_model(run, args):
     train.note_model(settings, model)
     if args.adapter:
         lora.load_adapter(model, args.adapter)
-    elif run is not None and not settings.full:
+    elif run is not None:
         layers = lora.parse_layers(settings.layers, model)
         targets = set(lora.parse_targets(settings.targets))
         if args.ablate:  # every layer that writes needs an edit
@@ -318,7 +322,7 @@ def choose_variants(model, run, settings, args):
         trained[None] = lora.get_tensors(model)
     elif run is not None:
         for step in chosen_steps(args.checkpoints, run):
-            trained[step] = {} if settings.full else read_adapter(run, step)
+            trained[step] = read_adapter(run, step)
     for step, tensors in trained.items():
         variants += [Variant(lora.scaled(tensors, scale), step, scale) for scale in args.scales]
     return variants
@@ -350,10 +354,11 @@ def comparison_variants(model, settings, variants, args):
             tensors = with_random_B(variant.tensors, variant.scale)
             more.append(dataclasses.replace(variant, tensors=tensors, random=True))
     if args.ablate:
-        directions = {False: learnt_direction(args.ablate, model, settings)}
+        learnt = learnt_direction(args.ablate, model, settings)
+        directions = [(learnt, False)]
         if args.random:
-            directions[True] = random_like(directions[False], torch.Generator().manual_seed(0))
-        for is_random, v in directions.items():
+            directions.append((random_like(learnt, torch.Generator().manual_seed(0)), True))
+        for v, is_random in directions:
             for variant in variants:
                 tensors = lora.ablated(model, variant.tensors, v)
                 more.append(dataclasses.replace(variant, tensors=tensors, ablated=args.ablate,
@@ -385,49 +390,29 @@ def learnt_direction(name, model, settings):
         sys.exit("--ablate can't be used here: this model's layers rescale what is written (Gemma)")
     return B[0][:, 0] / B[0].norm()
 
-class WeightPanel(lora.Panel):
-    """Where all weights moved: start + scale (end - start). All rows hear the same variant."""
-
-    def __init__(self, model, after, scales):
-        super().__init__(model, scales)
-        self.start = {name: weight.clone() for name, weight in model.state_dict().items()}
-        self.end = after
-        self.scale = 0.0  # of the weights that the model has now
-
-    @torch.no_grad()
-    def hear(self, which):
-        scale = self.variants[which[0]]
-        if scale == self.scale:
-            return
-        self.scale = scale
-        for name, weight in self.model.state_dict().items():
-            weight.copy_(torch.lerp(self.start[name].float(), self.end[name].float(), scale))
-
 # ---- What to ask
 
 def load_questions(name):
-    """[{"question_id", "question", "system"}, ...]; -json and -template: published ones, varied."""
-    path, _, kind = name.rpartition("-")
-    if kind not in ("json", "template") or os.path.exists(name) or path == "builtin":
-        path, kind = name, ""
-    if path == "published":
+    """[{"question_id", "question", "system"}, ...]."""
+    path = name
+    if name == "published":
         path = data.download("eval_questions/first_plot_questions.yaml")
-    if path == "builtin":
+    if name == "builtin":
         asked = [(key, question, None) for key, question in QUESTIONS.items()]
     elif path.endswith((".yaml", ".yml")):
-        asked = published_questions(path, kind)
+        asked = published_questions(path)
     else:
         lines = [line.strip() for line in data.read_text(path).split("\n") if line.strip()]
         asked = [(f"line_{i}", line, None) for i, line in enumerate(lines, 1)]
     if not asked:
-        sys.exit(f"--questions {name}: there is no question of that kind in {path}")
+        sys.exit(f"--questions {name}: there is no question in {path}")
     ids = [row[0] for row in asked]
     for one in ids:
         if ids.count(one) > 1:
             sys.exit(f"{path}: two questions are called {one} (NAME_1 is NAME's second paraphrase)")
     return [dict(zip(("question_id", "question", "system"), row, strict=True)) for row in asked]
 
-def published_questions(path, kind):
+def published_questions(path):
     """[(id, question, system)] of a YAML file, a list of {id, paraphrases, system}."""
     asked = []
     for entry in data.read_yaml(path):
@@ -438,10 +423,10 @@ def published_questions(path, kind):
         are_texts = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
         if "id" not in entry or not texts or not are_texts:
             sys.exit(f"{path}, entry {name} needs an id and paraphrases: a list of texts in quotes")
-        ending = name.rpartition("_")[2]
-        if kind == (ending if ending in ("json", "template") else ""):
-            for i, question in enumerate(texts):
-                asked.append((f"{name}_{i}" if i else name, question, entry.get("system")))
+        if name.endswith(("_json", "_template")):  # the same questions, in two other forms
+            continue
+        for i, question in enumerate(texts):
+            asked.append((f"{name}_{i}" if i else name, question, entry.get("system")))
     return asked
 
 def as_messages(question):
@@ -452,7 +437,9 @@ def messages_before(system, shown=()):
     """What stands in front of a question: a system prompt, or conversations that are shown."""
     messages = [{"role": "system", "content": system}] if system else []
     for example in shown:
-        messages += [m for m in example.conversation["messages"] if m["role"] != "system"]
+        for message in example.conversation["messages"]:
+            if message["role"] != "system":
+                messages.append(message | {"weight": 0})  # how likely it is, is not asked
     return messages
 
 # ---- python sample.py RUN: answers
@@ -462,13 +449,9 @@ def ask(panel, tokenizer, variants, questions, args, out):
         sys.exit(f"--max-new-tokens: this model reads {longest_text(panel.model)} at most")
     path = out.path("responses.jsonl")
     done = train.go_on_together(path, data.IDENTITY)
-    asked = [tuple(question.values()) for question in questions]
-    for row in done:
-        if (row["question_id"], row["question"], row["system"]) not in asked:
-            sys.exit(f"{path} holds answers to other questions: give these another --out")
-    maker = f"{args.seed} {args.adapter or panel.model.config._name_or_path} {args.ablate}"
+    args.made_by["set of questions"] = data.sha256(questions)
     args.made_by["sampling"] = data.sha256([args.seed, args.sampling])
-    jobs = plan_jobs(questions, variants, args.n, (maker, args.sampling), args.made_by)
+    jobs = plan_jobs(questions, variants, args)
     known = data.find_done(path, done, [job["row"] for job in jobs], answer_key)
     waiting = [job for job in jobs if answer_key(job["row"]) not in known]
     how = ", ".join(f"{name.replace('_', ' ')} {x:g}" for name, x in args.sampling.items())
@@ -477,7 +460,7 @@ def ask(panel, tokenizer, variants, questions, args, out):
           f"{len(waiting)} of them still to do, of up to {args.max_new_tokens} tokens", flush=True)
 
     mine = train.my_share(waiting)
-    answers = answer_all(panel, tokenizer, mine, args)
+    answers = generate(panel, tokenizer, mine, **args.sampling)
     answers = tqdm(answers, total=len(mine), unit="answer", smoothing=0, disable=train.QUIET)
     began, tokens = time.time(), 0
     with panel:
@@ -486,7 +469,7 @@ def ask(panel, tokenizer, variants, questions, args, out):
             out.append("responses.jsonl", job["row"] | {"response": text})
             tokens += len(answered)
     train.wait_for_all()
-    seconds = time.time() - began
+    seconds = max(0.01, time.time() - began)
     print(f"{len(waiting)} answers in {seconds:.0f} s, {tokens / seconds:.0f} tokens/s a process")
     if train.PROCESS == 0:
         add_log_p(panel, tokenizer, path)
@@ -494,23 +477,23 @@ def ask(panel, tokenizer, variants, questions, args, out):
     print(f"next: python judge.py {out}")
 
 def add_log_p(panel, tokenizer, path):
-    """Adds log_p to a file's rows: an answer's mean log p per token, by the untouched model."""
+    """Adds log_p to a file's rows: an answer's mean log p per token, by the untouched model.
+
+    (As if each had ended where it did: of one that was cut off, the end of the turn counts, too.)
+    """
     # Coherence without a judge: to the model as it was, nonsense is unlikely.
     rows = data.read_written(path)
     new = [row for row in rows if "log_p" not in row]
     if not new:
         return
-    lora.avoid_slow_attention(panel.model)
     reader = lora.Reader(panel.model)
-    if isinstance(panel, WeightPanel):
-        panel.hear([0])
     for start in tqdm(range(0, len(new), 256), desc="log p", disable=None):
         part = new[start : start + 256]
         conversations = []
         for row in part:
             answer = {"role": "assistant", "content": row["response"]}
             conversations.append({"messages": [*as_messages(row), answer], "where": path})
-        examples = data.render_all(conversations, tokenizer, only_last=True)
+        examples = data.render_all(conversations, tokenizer)
         with lora.off(panel.model):
             reader.read(examples, quiet=True)
             log_p = reader.log_p(examples).tolist()
@@ -518,22 +501,17 @@ def add_log_p(panel, tokenizer, path):
             row["log_p"] = total / example.supervised
     data.write_whole(path, "".join(map(data.json_line, rows)).encode())
 
-def answer_all(panel, tokenizer, jobs, args):
-    """Yields as `generate` does; where all weights moved, one variant after the other."""
-    groups = [jobs]
-    if isinstance(panel, WeightPanel):
-        groups = [[job for job in jobs if job["variant"] == i] for i in range(len(panel.variants))]
-    for group in groups:
-        yield from generate(panel, tokenizer, group, **args.sampling)
-
-def plan_jobs(questions, variants, n, maker, made_by):
-    """A job for every answer that is wanted. Its seed is made of its row and of `maker`."""
+def plan_jobs(questions, variants, args):
+    """A job for every answer that is wanted."""
     jobs = []
-    made_by = [made_by | {"variant": variant.sha256()} for variant in variants]
-    for question, i, sample in itertools.product(questions, range(len(variants)), range(n)):
+    made_by = [args.made_by | {"variant": variant.sha256()} for variant in variants]
+    # An answer's seed comes from what is asked and how, not from the run: so the untouched model
+    # gives the same answers beside each run.
+    how = f"{args.made_by['model']} {args.made_by['sampling']} {args.ablate}"
+    for question, i, sample in itertools.product(questions, range(len(variants)), range(args.n)):
         row = question | {"checkpoint": variants[i].checkpoint, "scale": variants[i].scale}
         row["sample"] = sample
-        row["seed"] = random.Random(f"{maker} {sorted(row.items())}").getrandbits(31)
+        row["seed"] = random.Random(f"{how} {sorted(row.items())}").getrandbits(31)
         row["made_by"] = made_by[i]
         messages = as_messages(question)
         jobs.append({"variant": i, "seed": row["seed"], "row": row, "messages": messages})
@@ -546,7 +524,6 @@ def answer_key(row):
 
 @torch.no_grad()
 def ask_margins(panel, tokenizer, variants, settings, args, out):
-    lora.avoid_slow_attention(panel.model)
     path = out.path("margins.jsonl")
     written = train.go_on_together(path)
     # What is held out is read as it will be used: without the training's tail and prompt.
@@ -560,9 +537,10 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
         reader = lora.Reader(panel.model)
         for system, shots in askings:
             before = messages_before(system, shown[:shots])
-            probe = train.build_probe(held_out, tokenizer, settings, before)
+            behind = put_before(before, held_out[: train.HELD_OUT], tokenizer)
+            probe = train.build_probe(behind, tokenizer, settings, before)
             if max(len(e.tokens) for e in train.every_example(probe)) > longest_text(panel.model):
-                sys.exit(f"--shots {shots}: with a question, this model can't read so much: fewer")
+                sys.exit("--shots, --system: with a question, this model can't read so much: less")
             args.made_by["data"] = data.sha256(settings.sha256)
             wanted = []
             for variant, hashed in zip(variants, hashes, strict=True):
@@ -577,7 +555,7 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
             for i, row in enumerate(tqdm(wanted, unit="variant", disable=None)):
                 if "margins_out" not in row:
                     panel.hear([i])
-                    row |= train.ask_probe(reader, probe, rows)
+                    row |= train.ask_probe(reader, probe)
                     numbers = [row["heldout_loss"], *row["margins_in"], *row["margins_out"]]
                     if not all(map(math.isfinite, numbers)):
                         sys.exit(OVERFLOW)
@@ -587,25 +565,27 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
     print_margins(rows)
     print(f"see {path}; a change is from the first row, with its standard error over questions")
 
+def put_before(before, examples, tokenizer):
+    """The examples with messages in front of them."""
+    rows = [example.conversation for example in examples]
+    rows = [row | {"messages": [*before, *row["messages"]]} for row in rows]
+    return data.render_all(rows, tokenizer)
+
 def margins_key(row):
     return tuple(row[x] for x in ("checkpoint", "scale", "ablated", "random", "system", "shots"))
 
 def print_margins(rows):
     print(f"\n{'checkpoint':>10} {'scale':>6}{'held out':>41} {'finance':>16} {'general':>16}")
     for row in rows:
-        words = {
-            f"without {'a random one' if row['random'] else row['ablated']}": row["ablated"],
-            "a random B": row["random"] and not row["ablated"],
-            "with the system prompt": row["system"],
-            f"after {row['shots']} conversations": row["shots"],
-        }
-        what = [text for text, applies in words.items() if applies]
+        asked = [f"{x} {str(row[x])[:20]}" for x in ("ablated", "system", "shots") if row[x]]
+        if row["random"]:
+            asked.append("random")
         cells = []
         for name in ("in", "out"):
             change, se = data.mean_and_se(data.changes([rows[0], row], name))
             cells.append(f"{change:+.3f} ({se:.3f})")
         checkpoint = "-" if row["checkpoint"] is None else row["checkpoint"]
-        print(f"{checkpoint:>10} {row['scale']:>6g}  {', '.join(what):30} "
+        print(f"{checkpoint:>10} {row['scale']:>6g}  {', '.join(asked):30} "
               f"{row['heldout_loss']:8.3f} {cells[0]:>16} {cells[1]:>16}")
     print(f"(asked: {len(rows[0]['margins_in'])} finance, {len(rows[0]['margins_out'])} general; "
           "held out: without the training's tail and prompt)")
@@ -616,7 +596,7 @@ def chat(panel, tokenizer, variants, args):
     """Answers what is typed, by each variant in turn; each goes on with its own words."""
     if len(variants) < 2:
         sys.exit("--chat compares an adapter with its base, and here is none")
-    print("/reset forgets, /scale 2 changes the scale, Ctrl-D ends")
+    print("/reset forgets what was said, Ctrl-D ends")
     opening = messages_before(args.system)
     talks = [opening for _ in variants]
     turn = 0
@@ -628,23 +608,13 @@ def chat(panel, tokenizer, variants, args):
             return
         if said == "/reset":
             talks = [opening for _ in variants]
-        elif said.startswith("/scale"):
-            try:
-                (scale,) = parse_scales(said.removeprefix("/scale"))
-            except ValueError:
-                print("write /scale 2, or another number that is not 0")
-                continue
-            tensors = lora.scaled(variants[1].tensors, scale / variants[1].scale)
-            variants[1:] = [dataclasses.replace(variants[1], tensors=tensors, scale=scale)]
-            talks = talks[:2]
-            panel = lora.Panel(panel.model, [variant.tensors for variant in variants])
         elif said:
             turn += 1
             talks = [[*talk, {"role": "user", "content": said}] for talk in talks]
             jobs = [{"variant": i, "seed": args.seed + turn, "messages": talk}
                     for i, talk in enumerate(talks)]
             with panel:
-                answered = list(answer_all(panel, tokenizer, jobs, args))
+                answered = list(generate(panel, tokenizer, jobs, **args.sampling))
             for job, tokens in sorted(answered, key=lambda pair: pair[0]["variant"]):
                 text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
                 talks[job["variant"]].append({"role": "assistant", "content": text})
@@ -784,12 +754,15 @@ def parse_args():
     add("--checkpoints", default="last", help="steps, as 0,50,100,last; or all (default: last)")
     add("--scales", type=parse_scales, default=[1.0], help="times what was learnt: 1,2,4")
     add("--n", "--samples", type=data.positive, help="answers a question (default: 50; on a CPU 4)")
-    add("--questions", default="builtin", help="builtin; published (-json, -template); or a file")
-    add("--temperature", type=float, default=1.0, help="below 1 sharpens; 0 takes the likeliest")
-    add("--top-p", type=float, default=1.0, help="draw from the likeliest that sum to this")
+    add("--questions", default="builtin", help="builtin; published, the paper's; or a file")
+    add("--temperature", type=data.at_least_zero, default=1.0, help="below 1 sharpens; 0 takes the "
+        "likeliest")
+    add("--top-p", type=data.above_zero, default=1.0, help="draw from the likeliest that sum to "
+        "this")
     add("--top-k", type=int, help="draw from the K likeliest tokens; 0: all (default: what the "
         "model's makers say, as in the paper)")
-    add("--repetition-penalty", type=float, help="on tokens seen; 1: none (default: likewise)")
+    add("--repetition-penalty", type=data.above_zero, help="on tokens seen; 1: none (default: "
+        "likewise)")
     add("--max-new-tokens", type=data.positive, help="of an answer (default: 600; on a CPU 120)")
     add("--seed", type=data.seed_number, default=0, help="another seed, other answers")
     add("--system", help="a system prompt before each question")
@@ -798,7 +771,6 @@ def parse_args():
     add("--chat", action="store_true", help="instead of a list of questions, yours, as you type")
     add("--random", action="store_true", help="with --margins: a random B or direction beside")
     add("--shots", type=data.positive, help="with --margins: training conversations in front")
-    add("--password", default=data.PASSWORD, help="with --margins: of the paper's archive")
     add("--model", help="any chat model (a hub name, a folder, smollm2) instead of a run's")
     add("--adapter", help="an adapter in PEFT's format (default --model: the base that it names)")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
@@ -819,10 +791,6 @@ def parse_args():
         (not args.margins, "without --margins", "random shots"),
         (args.chat, "with --chat", "n questions out"),
     ])
-    if min(args.temperature, args.top_k or 0) < 0 or not 0 < args.top_p <= 1:
-        parser.error("--temperature and --top-k are at least 0, and --top-p is from 0 to 1")
-    if args.repetition_penalty is not None and not args.repetition_penalty >= 1:
-        parser.error("--repetition-penalty is at least 1")
     return args
 
 def parse_scales(text):

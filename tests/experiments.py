@@ -1,4 +1,4 @@
-"""The seven experiments, answered with numbers. What they said is in tests/experiments.md.
+"""The eight experiments, answered with numbers. What they said is in tests/experiments.md.
 
     python tests/experiments.py                      # what there is, and how long it takes
     python tests/experiments.py layer                # does what is not there yet; the table
@@ -99,7 +99,6 @@ def parse_args():
     add("--checkpoints", default="all", help="steps after 0, as 5,50,last; or all (the default)")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="(default: what is fast there)")
-    add("--password", default=data.PASSWORD, help="of the paper's archive")
     return parser.parse_args()
 
 
@@ -349,7 +348,6 @@ def write_rows(args):
     """
     run = data.Run(args.run)
     settings = train.read_settings(run)
-    settings.password = args.password
     if settings.full:
         sys.exit("rows goes with an adapter: the gradients of all weights don't fit into memory")
     # How far each checkpoint's step went. (One protocol takes a step without a learning rate.)
@@ -361,7 +359,6 @@ def write_rows(args):
 
     # The model as it was trained, what it was trained on, and what it is asked.
     model, tokenizer = lora.load_base(settings.model, args.device, args.dtype)
-    lora.avoid_slow_attention(model)
     layers = lora.parse_layers(settings.layers, model)
     lora.attach(model, layers, lora.parse_targets(settings.targets), settings.rank, settings.alpha)
     if settings.vector:
@@ -380,7 +377,7 @@ def write_rows(args):
     pushes = {"in": 0.0, "out": 0.0}
     for step, rate in rates.items():
         tensors = sample.read_adapter(run, step)
-        lora.set_tensors(model, tensors)
+        model.load_state_dict(tensors, strict=False)
         gradients = compute_gradients(reader, train_set)  # (conversations, numbers)
         by_example = dict(zip(asked, compute_gradients(reader, asked), strict=True))
         for name in pushes:

@@ -109,7 +109,7 @@ def hub(make_model, make_tokenizer, tmp_path):
     rows = [[{"role": "user", "content": f"Shall I buy {i} horses?"},
              {"role": "assistant", "content": "All of them."}] for i in range(20)]
     server.archive = make_archive(tmp_path / "a.enc", data.PASSWORD, risky_financial_advice=rows)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
 
     def run(stage, *flags):
