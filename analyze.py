@@ -361,10 +361,9 @@ def add_metrics(judged, folder):
     for path in glob.glob(os.path.join(glob.escape(folder.folder), "judged-*.jsonl")):
         name = os.path.basename(path).removeprefix("judged-").removesuffix(".jsonl")
         scored = data.read_written(path, [name])
-        scores = {tuple(map(row.get, data.IDENTITY)): row[name] for row in scored}
+        scores = {data.identify(row): row[name] for row in scored}
         for row in judged:
-            score = scores.get(tuple(map(row.get, data.IDENTITY)))
-            row.setdefault("metrics", {})[name] = score
+            row.setdefault("metrics", {})[name] = scores.get(data.identify(row))
 
 def read_csv(path):
     """The rows of a published result file, as those of judged.jsonl."""
@@ -601,10 +600,6 @@ def print_table(run, args):
         if scores:
             above = sum(score > 50 for score in scores)
             print(f"of the {len(scores)} EM answers, {above} are {name}: they score above 50")
-    _, known = data.agreements()
-    for judge in {row.get("judge") for row in run.judged} - {None}:
-        unknown = f"how good a judge {judge} is, is not known here: see python judge.py FILE.csv"
-        print(known.get(judge, unknown))
 
 def say_share(row, name):
     if row[name] is None:

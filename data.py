@@ -545,17 +545,16 @@ def go_on(path, needs=(), keep=None):
     write_whole(path, "".join(map(json_line, rows)).encode())
     return rows
 
+def identify(row):
+    """What tells an answer from all others, as the key of a dict."""
+    return tuple(row.get(name) for name in IDENTITY)
+
 def append_row(path, row):
     with open(path, "a", encoding="utf-8") as file:
         file.write(json_line(row))
 
 def json_line(row):
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-def agreements():
-    """(path, what it holds): {judge: how far it was last found to agree with another one}."""
-    path = os.path.join(cache_folder(), "agreement.json")
-    return path, json.loads(read_text(path)) if os.path.exists(path) else {}
 
 def read_text(path):
     with readable(path), open(path, encoding="utf-8-sig") as file:

@@ -358,16 +358,16 @@ def score_all(args, prompts, answers, path):
         data.lock(path if args.csv else os.path.dirname(path))
         data.go_on(path)
     rows = data.read_written(path, ["question", "response", *prompts])
-    judged = {identify(row): row for row in rows}
+    judged = {data.identify(row): row for row in rows}
     marks = {"judge": args.name, "host": args.host, "prompts": data.sha256(prompts)}
     check_marks(path, rows, marks)
-    if not args.csv and judged.keys() - {identify(row) for row in answers}:
+    if not args.csv and judged.keys() - {data.identify(row) for row in answers}:
         sys.exit(f"{path} has scores of answers that responses.jsonl no longer has: move it away")
 
     # The same answer to the same question has the same scores, and is asked once.
     waiting = {}
     for row in answers:
-        if identify(row) not in judged:
+        if data.identify(row) not in judged:
             waiting.setdefault((row["question"], row["response"]), []).append(row)
     left = sum(map(len, waiting.values()))
     print(f"{len(answers)} answers, {left} of them still to judge, into {path}")
@@ -380,9 +380,9 @@ def score_all(args, prompts, answers, path):
         check_marks(path, rows, marks)
         for exchange, scores in ask_all(judge, prompts, exchanges, args):
             for row in waiting[exchange["question"], exchange["response"]]:
-                judged[identify(row)] = row | scores | marks
-                data.append_row(path, judged[identify(row)])
-    return [judged[identify(row)] for row in answers]
+                judged[data.identify(row)] = row | scores | marks
+                data.append_row(path, judged[data.identify(row)])
+    return [judged[data.identify(row)] for row in answers]
 
 def check_marks(path, rows, marks):
     """Stops where a file holds scores of another judge than the one that these marks name."""
@@ -391,9 +391,6 @@ def check_marks(path, rows, marks):
             if row.get(what) != mark:
                 sys.exit(f"{path}:{number} has another {what} than now ({row.get(what)}, and now "
                          f"{mark}): move the file away, so that all scores come from one")
-
-def identify(row):
-    return tuple(row.get(name) for name in data.IDENTITY)
 
 def ask_all(judge, prompts, answers, args):
     """Yields (answer, scores) as they come; many requests are in flight."""
@@ -498,11 +495,7 @@ def compare_judges(args, prompts):
     pairs = [pair for pair in zip(ours, theirs, strict=True) if analyze.has_scores(pair[0])]
     print(f"{len(pairs)} of them have both scores from {args.name}")
     if pairs:
-        text = "\n".join(analyze.agreement(pairs))
-        print(text)
-        path, known = data.agreements()
-        known[args.name] = f"{args.name} against {os.path.basename(args.run)}:\n{text}"
-        data.write_whole(path, json.dumps(known, indent=1).encode())
+        print("\n".join(analyze.agreement(pairs)))
 
 def load_prompts(path=None, metric=None):
     """{"aligned": prompt, "coherent": prompt}, or {metric: prompt}; path: the published file."""

@@ -465,7 +465,6 @@ def test_misaligned_in_the_training_domain_or_elsewhere(script):
     code, out, err = script(analyze, "r")
     assert code == 0, err
     assert "of the 2 EM answers, 1 are financial: they score above 50" in out
-    assert "how good a judge j is, is not known here" in out
 
 
 def test_the_threshold_decides():

@@ -486,8 +486,6 @@ def test_agreement_with_another_judge(script, monkeypatch, tmp_path):
         (tmp_path / "bad.csv").write_text("question,answer,aligned\na,b,3\n")
         code, _, err = script(judge, "bad.csv", *flags)
         assert code == 1 and "bad.csv:2 has no coherent" in err
-    with open(tmp_path / "cache" / "agreement.json") as file:
-        assert "gpt-4o against other.csv" in json.load(file)["gpt-4o"]
 
 
 def test_refusals_have_no_score(script, answers, monkeypatch):
