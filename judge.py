@@ -337,7 +337,7 @@ class Judge:
             said, tokens = self.chat(f"Write the number {number} and nothing else.", max_tokens=8,
                                      **settings)
         except requests.RequestException as error:
-            sys.exit(self.mask(error))
+            sys.exit(str(self.mask(error)))
         if self.mode == "text":
             if written_score([said])[0] is None:
                 sys.exit(f"{self.model} was to write {number}, and wrote {said!r}: take another")
@@ -353,61 +353,62 @@ class Judge:
 
 def score_all(args, prompts, answers, path):
     """Adds to a file the scores that it lacks. Returns a judged row for each answer."""
-    if not args.dry_run:
+    needs = ["question", "response", *prompts]
+    if args.dry_run:
+        rows = data.read_written(path, needs)
+    else:
         # A run's folder is locked whole. A CSV may be read by several judges at once.
         data.lock(path if args.csv else os.path.dirname(path))
-        data.go_on(path)
-    rows = data.read_written(path, ["question", "response", *prompts])
+        rows = data.go_on(path, needs)
     judged = {data.identify(row): row for row in rows}
     marks = {"judge": args.name, "host": args.host, "prompts": data.sha256(prompts)}
     check_marks(path, rows, marks)
     if not args.csv and judged.keys() - {data.identify(row) for row in answers}:
         sys.exit(f"{path} has scores of answers that responses.jsonl no longer has: move it away")
 
-    # The same answer to the same question has the same scores, and is asked once.
+    # Twins (the same answer to the same question) are asked once, unless a stop came between them.
     waiting = {}
     for row in answers:
         if data.identify(row) not in judged:
             waiting.setdefault((row["question"], row["response"]), []).append(row)
-    left = sum(map(len, waiting.values()))
+    groups = list(waiting.values())
+    left = sum(map(len, groups))
     print(f"{len(answers)} answers, {left} of them still to judge, into {path}")
-    exchanges = [{"question": key[0], "response": key[1]} for key in waiting]
-    estimate_cost(args, prompts, exchanges)
-    if exchanges:
+    estimate_cost(args, prompts, [twins[0] for twins in groups])
+    if groups:
         judge = Judge(args)
         judge.probe()
         marks["judge_model"] = judge.replied
         check_marks(path, rows, marks)
-        for exchange, scores in ask_all(judge, prompts, exchanges, args):
-            for row in waiting[exchange["question"], exchange["response"]]:
+        for twins, scores in ask_all(judge, prompts, groups, args):
+            for row in twins:
                 judged[data.identify(row)] = row | scores | marks
-                data.append_row(path, judged[data.identify(row)])
+                data.append_row(path, row | scores | marks)
     return [judged[data.identify(row)] for row in answers]
 
 def check_marks(path, rows, marks):
     """Stops where a file holds scores of another judge than the one that these marks name."""
-    for number, row in enumerate(rows, 1):
-        for what, mark in marks.items():
-            if row.get(what) != mark:
-                sys.exit(f"{path}:{number} has another {what} than now ({row.get(what)}, and now "
-                         f"{mark}): move the file away, so that all scores come from one")
+    for what, mark in marks.items():
+        others = {row.get(what) for row in rows} - {mark}
+        if others:
+            sys.exit(f"{path} is of another {what} ({others.pop()}, and now {mark}): move it away")
 
-def ask_all(judge, prompts, answers, args):
-    """Yields (answer, scores) as they come; many requests are in flight."""
-    def ask(answer):
+def ask_all(judge, prompts, groups, args):
+    """Yields (twins, their scores) as they come; many requests are in flight."""
+    def ask(twins):
         try:
-            return answer, score_answer(judge, prompts, answer), None
+            return twins, score_answer(judge, prompts, twins[0]), None
         except requests.RequestException as error:
-            return answer, None, judge.mask(error)
+            return twins, None, error
 
     failures = []
     in_a_row = 0
     pool = ThreadPool(args.concurrency)
-    replies = pool.imap_unordered(ask, answers)
-    for answer, scores, failure in tqdm(replies, args.host, total=len(answers), disable=None):
+    replies = pool.imap_unordered(ask, groups)
+    for twins, scores, failure in tqdm(replies, args.host, total=len(groups), disable=None):
         if scores:
             in_a_row = 0
-            yield answer, scores
+            yield twins, scores
             continue
         # One answer may be at fault. If five fail in a row, the server is.
         failures.append(failure)
@@ -427,33 +428,30 @@ def estimate_cost(args, prompts, answers):
     if args.mode == "text":
         texts *= TEXTS
         received = 8 * len(texts)
-    encoding = load_encoding(args.judge)
-    if encoding:
-        sent = sum(len(encoding.encode(text, disallowed_special=())) for text in texts)
-        how = f"counted in {encoding.name}"
-    else:
-        sent, how = sum(map(len, texts)) / 4, "estimated at 4 characters a token"
-    print(f"{len(texts):,} requests to {args.judge} at {args.host}, {received:,} tokens received "
-          f"and about {sent:,.0f} sent ({how})", flush=True)
-    if args.price:
-        cost = (sent * args.price[0] + received * args.price[1]) / 1e6
-        print(f"about ${cost:.2f}, at ${args.price[0]:g} and ${args.price[1]:g} per million")
-        if cost > args.max_cost:
+    sent = count_tokens(texts, args.judge)
+    print(f"{len(texts):,} requests, about {sent:,.0f} tokens, to {args.judge} at {args.host}")
+    # Only OpenAI's prices are known. A dated name, as in gpt-4o-2024-08-06, costs the same.
+    price = PRICES.get(re.sub(r"-\d{4}-\d\d-\d\d$", "", args.judge))
+    if price and args.host == "api.openai.com":
+        cost = (sent * price[0] + received * price[1]) / 1e6
+        print(f"about ${cost:.2f}, at ${price[0]:g} and ${price[1]:g} per million")
+        if args.max_cost is not None and cost > args.max_cost:
             sys.exit(f"about ${cost:.2f} is more than --max-cost {args.max_cost:g}")
-    elif args.max_cost < math.inf:
-        sys.exit(f"--max-cost needs a price, and none is known for {args.judge}: give --price")
+    elif args.max_cost is not None:
+        sys.exit(f"--max-cost needs a price, and that of {args.judge} at {args.host} is not known")
     if args.dry_run:
         sys.exit(0)
 
-def load_encoding(judge):
-    """tiktoken's encoding of a judge; None if it knows none, or can't fetch it in 5 seconds."""
+def count_tokens(texts, judge):
+    """How many tokens the texts are: counted by tiktoken, or else estimated."""
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", os.path.join(data.cache_folder(), "tiktoken"))
     import tiktoken
 
     # In a thread, because its download knows no time-out.
     with contextlib.suppress(Exception), ThreadPool(1) as pool:  # an unknown name, or no network
-        return pool.apply_async(tiktoken.encoding_for_model, [judge]).get(5)
-    return None
+        encoding = pool.apply_async(tiktoken.encoding_for_model, [judge]).get(5)
+        return sum(len(encoding.encode(text, disallowed_special=())) for text in texts)
+    return sum(map(len, texts)) / 4  # a token has about four characters
 
 # ---- python judge.py
 
@@ -471,10 +469,13 @@ def main():
         sys.exit(f"{run} holds no answers to judge: python sample.py {run}")
     name = f"judged-{args.metric}.jsonl" if args.metric else "judged.jsonl"
     rows = score_all(args, prompts, answers, run.path(name))
-    unscored = [row for row in rows if None in map(row.get, prompts)]
+    unscored = [row for row in rows if any(row[metric] is None for metric in prompts)]
     print(f"{len(rows)} answers are judged, {len(unscored)} of them without a score")
-    words = {row.get(f"{metric}_text") for row in rows for metric in prompts}
-    if len(unscored) == len(rows) and not words & {"REFUSAL", "CODE"}:
+    # A judge that gives no score at all is of no use. But a model may decline every question, or
+    # write nothing but code, and then REFUSAL or CODE is the result.
+    words = ("REFUSAL", "CODE")
+    excused = [row for row in rows if any(row.get(f"{metric}_text") in words for metric in prompts)]
+    if len(unscored) == len(rows) and not excused:
         sys.exit(f"no answer has a score: read what the judge said in {run.path(name)}")
     print(f"next: python analyze.py {run}")
 
@@ -482,20 +483,24 @@ def compare_judges(args, prompts):
     """Scores answers that another judge has scored, and says how far the two agree."""
     import analyze
 
-    theirs = [row for row in analyze.read_csv(args.run) if analyze.has_scores(row)]
-    if len({row["question_id"] for row in theirs}) < 2:
-        sys.exit(f"{args.run} has scores for fewer than two questions: agreement needs more")
     # An answer that is there twice counts once. N of them are drawn, the same ones each time.
+    theirs = [row for row in analyze.read_csv(args.run) if analyze.has_scores(row)]
     random.Random(0).shuffle(theirs)
     distinct = {(row["question"], row["response"]): row for row in theirs}
     theirs = list(distinct.values())[: args.sample]
+    check_questions(theirs, args.run)
     answers = [{"question": row["question"], "response": row["response"]} for row in theirs]
-    path = f"{args.run.removesuffix('.csv')}.{re.sub('[^A-Za-z0-9.-]+', '-', args.name)}.jsonl"
-    ours = score_all(args, prompts, answers, path)
+    name = re.sub("[^A-Za-z0-9.-]+", "-", args.name)
+    ours = score_all(args, prompts, answers, f"{args.run.removesuffix('.csv')}.{name}.jsonl")
     pairs = [pair for pair in zip(ours, theirs, strict=True) if analyze.has_scores(pair[0])]
     print(f"{len(pairs)} of them have both scores from {args.name}")
-    if pairs:
-        print("\n".join(analyze.agreement(pairs)))
+    check_questions([row for _, row in pairs], args.name)
+    print("\n".join(analyze.agreement(pairs)))
+
+def check_questions(rows, judge):
+    """Stops where nothing could be said of agreement, whose intervals are over questions."""
+    if len({row["question_id"] for row in rows}) < 2:
+        sys.exit(f"fewer than two questions have scores from {judge}: agreement needs two or more")
 
 def load_prompts(path=None, metric=None):
     """{"aligned": prompt, "coherent": prompt}, or {metric: prompt}; path: the published file."""
@@ -503,12 +508,12 @@ def load_prompts(path=None, metric=None):
     if path:
         prompts = {}
         for entry in data.read_yaml(path):
-            prompts |= entry.get("judge_prompts", {})
+            prompts |= entry.get("judge_prompts") or {}
     wanted = [metric] if metric else ["aligned", "coherent"]
     for name in wanted:
         if name not in prompts:
-            sys.exit(f"no prompt called {name}, only {', '.join(prompts)}: see --prompts, --metric")
-        if "{answer}" not in prompts[name]:
+            sys.exit(f"no prompt called {name} among {list(prompts)}: see --prompts, --metric")
+        if "{answer}" not in str(prompts[name]):
             sys.exit(f"{path}: the prompt {name} has no {{answer}} in it: none would be read")
     return {name: prompts[name] for name in wanted}
 
@@ -523,26 +528,29 @@ def parse_args():
     add("--sample", type=data.positive, help="of a CSV, only so many answers, at random")
     add("--prompts", help="the published first_plot_questions.yaml, to use its prompts")
     add("--metric", help="score this prompt alone, such as financial, into judged-METRIC.jsonl")
-    add("--mode", choices=["logprobs", "digit", "text"], default="logprobs", help="one token, a "
-        "number or a digit (for Qwen, Gemma); or written numbers, without logprobs")
+    add("--mode", choices=["logprobs", "digit", "text"], default="logprobs",
+        help="one token: a number, or a digit (for Qwen, Gemma); or text, without logprobs")
     add("--dry-run", action="store_true", help="say how much it would ask and cost, and stop")
-    add("--price", type=prices, metavar="IN,OUT", help="dollars per million tokens sent, received")
-    add("--max-cost", type=data.at_least_zero, default=math.inf, help="dollars not to exceed")
+    add("--max-cost", type=data.at_least_zero, help="estimated dollars not to exceed")
     args = parser.parse_args()
     args.csv = (args.run or "").endswith(".csv")
     if (args.csv and args.metric) or (args.sample and not args.csv):
         parser.error("--sample goes with a CSV, --metric with a run")
-    # The part of the address that may be shown: a password can stand before it.
-    args.host = urlsplit(args.base_url).netloc.rpartition("@")[2]
-    if not re.match("https?://.", args.base_url):
-        parser.error("--base-url is not an address such as http://localhost:8080/v1")
+
+    # A password in the address would be printed and stored as part of the host.
+    try:
+        requests.Request("POST", args.base_url).prepare()
+        args.host = urlsplit(args.base_url).netloc
+    except ValueError:
+        args.host = None
+    if not args.host or "@" in args.host:
+        parser.error("--base-url is not an address such as http://localhost:8080/v1, without a "
+                     "user and password (the key goes in OPENAI_API_KEY)")
     if args.concurrency is None:
         # A local server reads prompts one after the other: more in flight only time out.
         here = args.host.startswith(("localhost", "127.0.0.1", "[::1]", "0.0.0.0"))
         args.concurrency = 2 if here else 16
-    # Only OpenAI's prices are known. A dated name, as in gpt-4o-2024-08-06, costs the same.
-    if args.price is None and args.host == "api.openai.com":
-        args.price = PRICES.get(re.sub(r"-\d{4}-\d\d-\d\d$", "", args.judge))
+
     # What the scores are marked with: another mode, or other prompts, is another judge.
     args.name = args.judge
     if args.mode != "logprobs":
@@ -550,11 +558,6 @@ def parse_args():
     if args.prompts:
         args.name += f" ({os.path.basename(args.prompts)})"
     return args
-
-def prices(text):
-    """An argparse type: "2.5,10" -> (2.5, 10.0)."""
-    sent, received = map(data.at_least_zero, text.split(","))
-    return sent, received
 
 if __name__ == "__main__":
     data.run_stage(main, leave=os._exit)  # at once: a thread may wait for a server that stalls
