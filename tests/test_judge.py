@@ -13,6 +13,7 @@ import time
 import types
 
 import pytest
+import requests
 import tiktoken
 from conftest import ROOT
 
@@ -51,13 +52,6 @@ def test_expected_score(p, score):
     assert expectation is None if score is None else expectation == pytest.approx(score)
 
 
-@pytest.mark.parametrize("logprob", [math.inf, math.nan, 3.0])
-def test_what_is_no_log_probability_is_no_score(logprob):
-    with pytest.raises(ValueError, match="a log-probability of"):
-        judge.expected_score([{"token": "85", "logprob": logprob}])
-    assert judge.expected_score([{"token": "85", "logprob": -math.inf}]) is None
-
-
 @pytest.mark.parametrize("texts, score", [
     (["85"], (85, None)),
     (["-5"], (None, "-5")),
@@ -69,15 +63,17 @@ def test_what_is_no_log_probability_is_no_score(logprob):
     (["On a scale from 0 to 100,"], (None, "On a scale from 0 to 100,")),
     (["code.", "x"], (None, "CODE")),
     (["7000"], (None, "7000")),
+    (["C'est bien"], (None, "C'est bien")),
+    (["Re: hi"], (None, "Re: hi")),
 ])
 def test_written_score(texts, score):
     assert judge.written_score(texts) == score
 
 
 def test_what_the_judge_said_instead():
-    texts = ("REF", " refusal.", "C", "CODE", "Sorry, I", "")
+    texts = ("RE", "REF", " refusal.", "C", "CODE", "Sorry, I", "")
     said = [judge.recognise_word(text) for text in texts]
-    assert said == ["REFUSAL", "REFUSAL", "CODE", "CODE", "Sorry, I", ""]
+    assert said == ["REFUSAL", "REFUSAL", "REFUSAL", "CODE", "CODE", "Sorry, I", ""]
 
 
 def test_a_prompt_is_filled_in_one_pass():
@@ -203,6 +199,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
+def make_judge(monkeypatch):
+    def make(*flags):
+        monkeypatch.setattr(sys, "argv", ["judge.py", *flags])
+        return judge.Judge(judge.parse_args())
+
+    return make
+
+
+@pytest.fixture
 def answers(tmp_path, monkeypatch):
     """answers(n) writes a run "a" with n answers to different questions."""
     monkeypatch.setenv("NANOEM_CACHE", str(tmp_path / "cache"))
@@ -307,7 +312,7 @@ def test_identical_answers_are_asked_once(script, answers):
 
 @pytest.mark.parametrize("kind, sentence", [
     ({"logprobs": False}, "use --mode text"),
-    ({"digits": True}, "wrote 85 as '8' + '5', not as one token: use --mode digit"),
+    ({"digits": True}, "was to write 85, but its reply counts as 8: use --mode digit"),
     ({"refuse": 401}, "check OPENAI_API_KEY"),
     ({"refuse": 403}, "check OPENAI_API_KEY"),
     ({"refuse": 404}, "check --judge and --base-url"),
@@ -347,7 +352,17 @@ def test_a_page_instead_of_a_reply(script, answers, monkeypatch):
     answers(1)
     with Server(every="html") as server:
         code, _, err = script(judge, "a", "--base-url", server.url)
-    assert code == 1 and "not JSON but '<html>Sign in</html>', so check --base-url" in err
+    assert code == 1 and "no message but '<html>Sign in</html>', so check --base-url" in err
+
+
+@pytest.mark.parametrize("fault", ["stall", "drop"])
+def test_a_server_that_takes_requests_and_is_silent(script, answers, fault, monkeypatch):
+    """It can be reached, and the sentence must not send anybody to look at the address."""
+    monkeypatch.setattr(judge, "TIMEOUT", 0.2)
+    answers(1)
+    with Server(every=fault) as server:
+        code, _, err = script(judge, "a", "--base-url", server.url)
+    assert code == 1 and "takes requests, but sends no reply: try a lower --concurrency" in err
 
 
 USABLE = {"choices": [{"message": {"content": "85"}, "logprobs": {"content": [
@@ -363,19 +378,18 @@ USABLE = {"choices": [{"message": {"content": "85"}, "logprobs": {"content": [
     ('{"token": "85", "logprob"', '{"logprob"', "log-probabilities are missing"),
     ('[{"token": "85", "logprob": -0.1}]', "7", "log-probabilities are missing"),
     ('{"content": [', '{"contents": [', "log-probabilities are missing"),
-    ('{"content": "85"}', "{}", "it holds no message"),
-    ('{"content": "85"}', "7", "it holds no message"),
-    ("choices", "error", "it holds an error"),
-    ("}]}}]}", "}]", "not JSON"),
+    ('{"content": "85"}', "{}", "no message but"),
+    ('{"content": "85"}', "7", "no message but"),
+    ("choices", "error", "no message but '{\"error\": "),
+    ("}]}}]}", "}]", "no message but"),
 ])
-def test_what_is_wrong_with_a_reply(script, old, new, fault, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["judge.py"])
-    asked = judge.Judge(judge.parse_args())
+def test_what_is_wrong_with_a_reply(script, old, new, fault, make_judge):
+    asked = make_judge()
     text = json.dumps(USABLE)
     assert old in text
     said = None
     try:
-        asked.read(text.replace(old, new, 1), needs_logprobs=True)
+        asked.read(200, text.replace(old, new, 1))
     except ValueError as error:
         said = str(error)
     assert said is None if fault is None else fault in said
@@ -388,6 +402,18 @@ def test_what_is_wrong_with_a_reply(script, old, new, fault, monkeypatch):
 def test_what_is_no_address(script, address):
     code, out, err = script(judge, "a", "--base-url", address)
     assert code == 2 and "is not an address" in err and "hunter2secret" not in out + err
+
+
+@pytest.mark.parametrize("key, quoted, kept", [
+    (KEY, f"key {KEY} or {KEY[:12]}... or '{KEY}'", "key *** or *** or '***'"),
+    ("8", "key 8, score 85", "key 8, score 85"),
+    ("", "no key", "no key"),
+])
+def test_the_key_is_masked_and_nothing_else(make_judge, monkeypatch, key, quoted, kept):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(requests.RequestException) as refusal:
+        make_judge().read(404, quoted)
+    assert f"HTTP 404, {kept})" in str(refusal.value)
 
 
 def test_two_at_once(script, answers, busy):
@@ -410,7 +436,7 @@ def test_text_mode(script, answers):
     answers(2)
     with Server(digits=True, logprobs=False) as server:
         assert script(judge, "a", "--base-url", server.url, "--mode", "text")[0] == 0
-    assert scores_are_right() and len(server.asked) == 1 + 2 * 2 * judge.TEXTS
+    assert scores_are_right() and len(server.asked) == (1 + 2 * 2) * judge.TEXTS
     assert {row["judge"] for row in judged()} == {"gpt-4o (text)"}
     code, _, err = script(judge, "a", "--base-url", "http://127.0.0.1:9/v1")
     assert code == 1 and "is of another judge (gpt-4o (text), and now gpt-4o)" in err
@@ -654,20 +680,20 @@ def test_a_model_that_takes_other_fields(script, answers):
     with Server() as server:
         server.kind = thinks_first
         code, _, err = script(judge, "a", "--base-url", server.url)
-        assert code == 1 and "without them, use --mode text" in err
+        assert code == 1 and "without log-probabilities, use --mode text" in err
         code, _, err = script(judge, "a", "--base-url", server.url, "--mode", "text")
     assert code == 0 and scores_are_right() and len(judged()) == 2, err
 
 
-@pytest.mark.parametrize("mode, sentence", [
-    ("logprobs", "not as one token"), ("text", "was to write 85, and wrote '<think>"),
+@pytest.mark.parametrize("mode, sentence, requests_sent", [
+    ("logprobs", "its reply counts as '<think>", 1), ("text", "its reply counts as '': use", 3),
 ])
-def test_a_model_that_thinks_aloud_is_no_judge(script, answers, mode, sentence):
+def test_a_model_that_thinks_aloud_is_no_judge(script, answers, mode, sentence, requests_sent):
     answers(16)
     with Server() as server:
         server.kind = thinks_aloud
         code, _, err = script(judge, "a", "--base-url", server.url, "--mode", mode)
-        assert code == 1 and sentence in err and len(server.asked) == 1
+        assert code == 1 and sentence in err and len(server.asked) == requests_sent
     assert not os.path.exists("runs/a/judged.jsonl") or not judged()
 
 
@@ -702,6 +728,18 @@ def test_what_a_filter_keeps_back_is_counted(script, answers, how, mode):
     assert code == 0 and "1 of 8 answers have both scores" in out
 
 
+@pytest.mark.parametrize("status, sentence", [
+    (400, "filters even 'Write the number 85 and nothing else.': take another judge"),
+    (403, "check OPENAI_API_KEY"),  # who may ask at all is another policy
+])
+def test_a_filter_that_keeps_all_back(script, answers, status, sentence):
+    answers(1)
+    with Server(refuse=status) as server:
+        server.words = "denied by policy"
+        code, _, err = script(judge, "a", "--base-url", server.url)
+    assert code == 1 and sentence in err and judged() == []
+
+
 def test_a_run_in_which_nothing_has_a_score_is_a_failure(script, answers):
     answers(3)
     with Server() as server:
@@ -730,9 +768,8 @@ def test_log_probabilities_of_another_shape(script, answers, logprobs, monkeypat
     assert code == 1 and "log-probabilities are missing; without them, use --mode text" in err
 
 
-def test_an_address_with_a_version(script, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["judge.py", "--base-url", "http://x/v1/?api-version=2024-06"])
-    asked = judge.Judge(judge.parse_args())
+def test_an_address_with_a_version(make_judge):
+    asked = make_judge("--base-url", "http://x/v1/?api-version=2024-06")
     assert asked.url == "http://x/v1/chat/completions?api-version=2024-06"
 
 

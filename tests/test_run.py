@@ -376,10 +376,10 @@ def test_ctrl_c_ends_a_judge_that_waits_for_its_server(tmp_path, monkeypatch):
         command = [sys.executable, os.path.join(ROOT, "judge.py"), "a", "--base-url", server.url,
                    "--mode", "text"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        while not server.asked:
+        while len(server.asked) < judge.TEXTS:
             time.sleep(0.01)
-        server.delay = 60  # for all that follow the first
-        while len(server.asked) < 3:
+        server.delay = 60  # for all that follow the first prompt's
+        while len(server.asked) < judge.TEXTS + 2:
             time.sleep(0.01)
         began = time.time()
         process.send_signal(signal.SIGINT)
