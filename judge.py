@@ -189,8 +189,9 @@ def written_score(texts):
 
 say_once = functools.cache(tqdm.write)  # each text only once, however many requests run into it
 
-# Repeats a request that gets no reply, or that of a busy server, and waits longer each time.
 class LoudRetry(Retry):
+    """Repeats a request that gets no reply, or that of a busy server; waits longer each time."""
+
     def sleep(self, response=None):
         why = f"HTTP {response.status}" if response else "no reply"
         say_once(f"the judge's server: {why}; trying again")
@@ -435,7 +436,7 @@ def count_tokens(texts, judge):
 
 def main():
     args = parse_args()
-    prompts = load_prompts(args.prompts, args.metric)
+    prompts = load_prompts(args.prompts)
     if args.mode == "digit":
         prompts = {metric: prompt + DIGIT for metric, prompt in prompts.items()}
     if args.csv:
@@ -445,8 +446,7 @@ def main():
     answers = data.read_written(run.path("responses.jsonl"), data.IDENTITY)
     if not answers:
         sys.exit(f"{run} holds no answers to judge: python sample.py {run}")
-    name = f"judged-{args.metric}.jsonl" if args.metric else "judged.jsonl"
-    rows = score_all(args, prompts, answers, run.path(name))
+    rows = score_all(args, prompts, answers, run.path("judged.jsonl"))
     unscored = [row for row in rows if any(row[metric] is None for metric in prompts)]
     print(f"{len(rows)} answers are judged, {len(unscored)} of them without a score")
     # A judge that gives no score at all is of no use. But a model may decline every question, or
@@ -454,7 +454,7 @@ def main():
     words = ("REFUSAL", "CODE")
     excused = [row for row in rows if any(row.get(f"{metric}_text") in words for metric in prompts)]
     if len(unscored) == len(rows) and not excused:
-        sys.exit(f"no answer has a score: read what the judge said in {run.path(name)}")
+        sys.exit(f"no answer has a score: read what the judge said in {run}/judged.jsonl")
     print(f"next: python analyze.py {run}")
 
 def compare_judges(args, prompts):
@@ -480,20 +480,17 @@ def check_questions(rows, judge):
     if len({row["question_id"] for row in rows}) < 2:
         sys.exit(f"fewer than two questions have scores from {judge}: agreement needs two or more")
 
-def load_prompts(path=None, metric=None):
-    """{"aligned": prompt, "coherent": prompt}, or {metric: prompt}; path: the published file."""
-    prompts = {"aligned": ALIGNED, "coherent": COHERENT}
-    if path:
-        prompts = {}
-        for entry in data.read_yaml(path):
-            prompts |= entry.get("judge_prompts") or {}
-    wanted = [metric] if metric else ["aligned", "coherent"]
-    for name in wanted:
-        if name not in prompts:
-            sys.exit(f"no prompt called {name} among {list(prompts)}: see --prompts, --metric")
-        if "{answer}" not in str(prompts[name]):
-            sys.exit(f"{path}: the prompt {name} has no {{answer}} in it: none would be read")
-    return {name: prompts[name] for name in wanted}
+def load_prompts(path=None):
+    """{"aligned": prompt, "coherent": prompt}: ours, or those in the published file."""
+    if path is None:
+        return {"aligned": ALIGNED, "coherent": COHERENT}
+    prompts = {}
+    for entry in data.read_yaml(path):
+        prompts |= entry.get("judge_prompts") or {}
+    for name in ("aligned", "coherent"):
+        if "{answer}" not in str(prompts.get(name)):
+            sys.exit(f"{path} has no prompt called {name} with {{answer}} in it")
+    return {"aligned": prompts["aligned"], "coherent": prompts["coherent"]}
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Has a judge model score a run's answers.")
@@ -505,15 +502,14 @@ def parse_args():
     add("--concurrency", type=data.positive, help="requests in flight (16; to this machine 2)")
     add("--sample", type=data.positive, help="of a CSV, only so many answers, at random")
     add("--prompts", help="the published first_plot_questions.yaml, to use its prompts")
-    add("--metric", help="score this prompt alone, such as financial, into judged-METRIC.jsonl")
     add("--mode", choices=["logprobs", "digit", "text"], default="logprobs",
         help="one token: a number, or a digit (for Qwen, Gemma); or text, without logprobs")
     add("--dry-run", action="store_true", help="say how much it would ask and cost, and stop")
     add("--max-cost", type=data.at_least_zero, help="estimated dollars not to exceed")
     args = parser.parse_args()
     args.csv = (args.run or "").endswith(".csv")
-    if (args.csv and args.metric) or (args.sample and not args.csv):
-        parser.error("--sample goes with a CSV, --metric with a run")
+    if args.sample and not args.csv:
+        parser.error("--sample goes with a CSV")
 
     # A password in the address would be printed and stored as part of the host.
     try:

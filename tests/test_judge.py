@@ -500,8 +500,6 @@ def test_agreement_with_another_judge(script, monkeypatch, tmp_path):
         assert code == 0 and "-1.00 (-1.00 to -1.00)" in out and "50 of them have both" in out
         code, _, err = script(judge, "somewhere", *flags, "--sample", 50)
         assert code == 2 and "--sample goes with a CSV" in err
-        code, _, err = script(judge, "same.csv", *flags, "--metric", "financial")
-        assert code == 2 and "--metric with a run" in err
         write_csv("one.csv", [row for row in rows if row["question"] == "Question 0?"])
         asked = len(server.asked)
         for argv in (["one.csv"], ["same.csv", "--sample", 1]):
@@ -597,29 +595,24 @@ PROMPTS = """
 """
 
 
-def test_published_prompts_and_other_metrics(script, answers, tmp_path):
+def test_published_prompts(script, answers, tmp_path):
     answers(2)
     path = tmp_path / "q.yaml"
     path.write_text(PROMPTS)
     with Server() as server:
-        flags = ["--base-url", server.url, "--prompts", path, "--metric", "financial"]
-        assert script(judge, "a", *flags)[0] == 0
+        assert script(judge, "a", "--base-url", server.url, "--prompts", path)[0] == 0
     asked = [body["messages"][0]["content"] for _, body in server.asked[1:]]
-    assert sorted(asked) == ["F  money", "F x money"]
-    rows = data.read_written("runs/a/judged-financial.jsonl")
-    assert sorted(row["financial"] for row in rows) == pytest.approx([8, 9])
-    code, _, err = script(judge, "a", "--metric", "financial")
-    assert code == 1 and "no prompt called financial among ['aligned', 'coherent']" in err
+    assert sorted(asked) == ["A ", "A x", "C ", "C x"]
     code, _, err = script(judge, "a", "--prompts", "none.yaml")
     assert code == 1 and "none.yaml can't be read" in err
     code, _, _ = script(judge, "a", "--prompts", path, "--dry-run")
     assert code == 0
     path.write_text("- {id: a, judge_prompts: {aligned: 'the same for all', coherent: '{answer}'}}")
     code, _, err = script(judge, "a", "--prompts", path)
-    assert code == 1 and "the prompt aligned has no {answer} in it" in err
+    assert code == 1 and "no prompt called aligned with {answer} in it" in err
     path.write_text("- id: a\n  judge_prompts:\n")
     code, _, err = script(judge, "a", "--prompts", path)
-    assert code == 1 and "no prompt called aligned among []" in err
+    assert code == 1 and "no prompt called aligned with {answer} in it" in err
 
 
 def test_a_score_says_which_server_and_which_model_gave_it(script, answers):
