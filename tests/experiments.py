@@ -123,7 +123,7 @@ def transition(seeds):
         for seed, run in zip(seeds, runs[name], strict=True):
             log = run.log
             peak = max(log[1:], key=lambda row: row["grad_norm"])
-            turn = analyze.find_turn(*analyze.read_checkpoints(run))
+            turn = analyze.find_sharpest_bend(*analyze.read_checkpoints(run))
             there = next(row for row in log if row["step"] == turn["step"])
             where = f"{turn['bend']:.2f} of {turn['vector']} at {turn['step']}"
             changes = [data.changes([log[0], there], x) for x in ("in", "out")]

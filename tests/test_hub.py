@@ -149,7 +149,7 @@ def test_published_checkpoints(hub, tmp_path):
     done = hub("analyze", "it/tiny", "here/it", "--null", "it/other")
     assert done.returncode == 0, done.stderr[-3000:]
     assert abs(summary(tmp_path / "runs/tiny/summary.json")["turn"]["step"] - 60) <= 5
-    assert "tiny: 24 checkpoints" in done.stdout and "tiny ranks" in done.stdout
+    assert "tiny ranks" in done.stdout
     assert (tmp_path / "runs/compare-tiny-it/rotation.png").exists()
     # Of a checkpoint's files two are fetched (those that are alike once), and no others.
     asked = {path.split("/resolve/")[1] for path in hub.server.asked if "/resolve/" in path}

@@ -491,13 +491,13 @@ def test_agreement_with_another_judge(script, monkeypatch, tmp_path):
         assert not os.path.exists("same.gpt-4o.jsonl")
         code, out, err = script(judge, "same.csv", *flags)
         assert code == 0, err
-        assert out.count("1.00 (1.00 to 1.00)") == 4 and "120 answers to 6 questions" in out
+        assert out.count("1.00 (s.e. 0.00)") == 4 and "120 answers to 6 questions" in out
         asked = len(server.asked)
-        assert script(judge, "same.csv", *flags)[1].count("1.00 (1.00") == 4
+        assert script(judge, "same.csv", *flags)[1].count("1.00 (s.e. 0.00)") == 4
         assert len(server.asked) == asked  # nothing is asked twice
         write_csv("other.csv", [row | {"aligned": 100 - row["aligned"]} for row in rows])
         code, out, _ = script(judge, "other.csv", *flags, "--sample", 50)
-        assert code == 0 and "-1.00 (-1.00 to -1.00)" in out and "50 of them have both" in out
+        assert code == 0 and "-1.00 (s.e. 0.00)" in out and "50 of them have both" in out
         code, _, err = script(judge, "somewhere", *flags, "--sample", 50)
         assert code == 2 and "--sample goes with a CSV" in err
         write_csv("one.csv", [row for row in rows if row["question"] == "Question 0?"])
