@@ -839,9 +839,10 @@ def main():
         if run.steps:
             print(say_turn(run.turn))
         summary = {"rows": run.rows, "turn": run.turn, "words": run.words, "spoken": run.spoken}
-        os.makedirs(os.path.dirname(os.path.abspath(run.base)), exist_ok=True)
-        data.write_whole(f"{run.base}summary.json", json.dumps(summary, indent=1).encode())
-        print(f"wrote {run.base}summary.json")
+        path = f"{run.base}summary.json"
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        data.write_whole(path, json.dumps(summary, indent=1).encode())
+        print(f"wrote {path}")
     for other in runs[1:]:
         if other.untouched & runs[0].untouched:
             print(f"\n{other.name} has {runs[0].name}'s untouched answers: one sample, not two")
