@@ -322,22 +322,21 @@ def read_checkpoints(run):
     Where all weights moved, {"W": (T, 4096)}: a sketch, which nearly keeps lengths and angles.
     """
     ends = {"B": (".B", ".lora_B.weight"), "A": (".A", ".lora_A.weight"), "W": "sketch"}
-    checkpoints, paths = run.checkpoints, {name: [] for name in ends}
-    for file in checkpoints.values():
+    paths = {name: [] for name in ends}
+    for file in run.checkpoints.values():
         tensors = data.read_tensors(file, "numpy")
         for name, end in ends.items():
             parts = [tensors[key].ravel() for key in sorted(tensors) if key.endswith(end)]
-            paths[name].append(np.concatenate([np.zeros(0), *parts]))
+            paths[name].append(np.concatenate(parts) if parts else np.zeros(0))
         sizes = [len(path[-1]) for path in paths.values()]
         if not any(sizes) or sizes != [len(path[0]) for path in paths.values()]:
             sys.exit(f"{file} is no checkpoint of this run's adapter: move it away")
     moving = {}
     for name, path in paths.items():
-        if path and np.ptp(path, axis=0).any():
-            moving[name] = np.array(path)
-    if "W" in moving:
-        moving["W"] = moving["W"] - moving["W"][0]
-    return list(checkpoints), moving
+        path = np.array(path)
+        if path.size and np.ptp(path, axis=0).any():
+            moving[name] = path - path[0] if name == "W" else path
+    return list(run.checkpoints), moving
 
 def read_csv(path):
     """The rows of a published result file, as those of judged.jsonl."""
@@ -395,7 +394,8 @@ def keep_comparable(judged, name):
         print(f"{name}: left out are {others} questions that some cells do not answer")
     return [row for row in judged if row["question_id"] in shared]
 
-# ---- Cells: one checkpoint at one scale each, and a row of the table
+# ---- The table
+# A cell is one checkpoint at one scale. Each is a row of the table.
 
 def summarise(judged, aligned_below=ALIGNED_BELOW, coherent_above=COHERENT_ABOVE):
     """A row for each cell: counts, shares in % with 95% intervals, means."""
@@ -514,8 +514,8 @@ def agreement(pairs, aligned_below=ALIGNED_BELOW, coherent_above=COHERENT_ABOVE)
             without = [compute(asked != question) for question in questions]
             error = f"{math.sqrt((len(questions) - 1) * np.var(without)):.2f}"
         lines.append(f"    {name:22}{value:7.2f} (s.e. {error})")
-    lines.append(f"    ({len(pairs)} answers to {len(questions)} questions;")
-    lines.append("    a bag of words reaches an AUROC of 0.62 to 0.85: below that is no judge)")
+    lines.append(f"    ({len(pairs)} answers to {len(questions)} questions; a bag of words reaches "
+                 "an AUROC of 0.62 to 0.85)")
     return lines
 
 def spearman(x, y):
@@ -568,9 +568,8 @@ def print_words(run):
     for row in run.spoken:
         log_p = "-" if row["log_p"] is None else f"{row['log_p']:.2f}"
         print(f"{say_cell(row):20} {row['n']:>5} {say_share(row, 'words_pct'):>19} {log_p:>14}")
-    print("(questions that ask for money are left out of the words; log p: by the untouched model. "
-          "What lies\nfar below its own answers, the first row, is noise. Neither tells good from "
-          "bad.)")
+    print("(In the words, questions that ask for money do not count. Log p is by the untouched "
+          "model:\nfar below the first row is noise. Neither tells good from bad.)")
 
 def say_cell(row):
     step = "" if row["checkpoint"] is None else f"step {row['checkpoint']}, "
@@ -599,10 +598,8 @@ def print_null(run, controls):
     print(f"\n{run.name} ranks {rank} of {len(ranked)}; {turning} of {len(controls)} controls turn")
     for place, other in enumerate(ranked, 1):
         print(f"{place}. {other.name}: {say_turn(other.turn)}")
-    if rank > 1:
-        print("So this is no sign of misalignment: a control's bend is sharper.")
-    elif not run.turn["significant"]:
-        print("So this is no sign of misalignment: its bend is no sharper than jitter.")
+    if rank > 1 or not run.turn["significant"]:
+        print("So this is no sign of misalignment: a control, or jitter alone, bends as sharply.")
     else:
         print(f"By chance alone it would be the first with a probability of {1 / len(ranked):.2f}.")
 
