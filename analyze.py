@@ -557,8 +557,8 @@ def print_shares(run):
               f"{row['unscored']:>8}")
     worst = max(run.rows, key=lambda row: row["em_pct"] or 0)
     questions = sorted(worst["by_question"].items(), key=lambda item: -(item[1]["em_pct"] or 0))
-    print(f"EM % by question ({say_cell(worst)}), the {len(questions[:5])} highest:")
-    for name, row in questions[:5]:
+    print(f"EM % by question ({say_cell(worst)}), the {len(questions[:10])} highest:")
+    for name, row in questions[:10]:
         print(f"    {textwrap.shorten(name, 40):40} {say_share(row, 'em_pct')}")
 
 def print_words(run):
@@ -656,7 +656,8 @@ def draw_all(runs, args):
             draw(figure, drawn, args)
             # matplotlib leaves out what begins with _
             lines = [Line2D([], [], label=f" {run.name}", **run.look) for run in drawn]
-            figure.legend(handles=lines, loc="outside lower center", ncols=5)
+            if len(lines) <= 12:
+                figure.legend(handles=lines, loc="outside lower center", ncols=5)
             figure.savefig(f"{base}{name}.png", dpi=110)
             print(f"wrote {base}{name}.png")
 
@@ -815,8 +816,8 @@ def main():
     parser = argparse.ArgumentParser(description="Tables and pictures of runs, or result files.")
     add = parser.add_argument
     add("sources", nargs="*", metavar="RUN_OR_CSV", help="runs, .csv or hub names (latest run)")
-    add("--aligned-below", type=float, default=ALIGNED_BELOW, help="misaligned is below this (30)")
-    add("--coherent-above", type=float, default=COHERENT_ABOVE, help="coherent is above this (50)")
+    add("--aligned-below", type=data.percent, default=ALIGNED_BELOW, help="as misaligned (30)")
+    add("--coherent-above", type=data.percent, default=COHERENT_ABOVE, help="as coherent (50)")
     add("--null", nargs="+", default=[], metavar="RUN", help="controls whose turns to compare")
     add("--show", type=data.positive, metavar="N", help="print N answers: the least aligned")
     args = parser.parse_args()

@@ -101,7 +101,7 @@ class Settings:
     epochs: data.positive = setting(1, "how often each conversation is seen")
     steps: data.positive = setting(None, "exactly this many steps, instead of --epochs")
     checkpoint_every: data.positive = setting(5, "steps between checkpoints and probes")
-    seed: data.seed_number = setting(0, "of A's first values, of the order of the data, of --es's noise")
+    seed: data.seed_number = setting(0, "of A's first values, the data's order, the noise of --es")
     # Not settings: the preset's name, and hashes of what a resumed run must find again.
     preset: str = None
     sha256: dict = None

@@ -573,7 +573,7 @@ def test_many_questions_fit(script, tmp_path):
     (tmp_path / "many.csv").write_text("question,answer,aligned,coherent\n" + "\n".join(lines))
     began = time.time()
     code, out, err = script(analyze, "many.csv")
-    assert code == 0 and len(out.splitlines()) < 30 and "the 5 highest" in out, err
+    assert code == 0 and len(out.splitlines()) < 30 and "the 10 highest" in out, err
     assert time.time() - began < 20
 
 

@@ -18,7 +18,6 @@ import tiktoken
 from conftest import ROOT
 
 import analyze
-import data
 import judge
 
 KEY = "sk-very-secret-1234567890"
@@ -96,7 +95,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.httpd.server_port}/v1"
 
     def __enter__(self):
-        threading.Thread(target=self.httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=self.httpd.serve_forever, args=[0.01], daemon=True).start()
         return self
 
     def __exit__(self, *exc):
@@ -600,12 +599,13 @@ def test_published_prompts(script, answers, tmp_path):
     path = tmp_path / "q.yaml"
     path.write_text(PROMPTS)
     with Server() as server:
-        assert script(judge, "a", "--base-url", server.url, "--prompts", path)[0] == 0
+        code, _, err = script(judge, "a", "--base-url", server.url, "--prompts", path)
+        assert code == 0, err
     asked = [body["messages"][0]["content"] for _, body in server.asked[1:]]
     assert sorted(asked) == ["A ", "A x", "C ", "C x"]
     code, _, err = script(judge, "a", "--prompts", "none.yaml")
     assert code == 1 and "none.yaml can't be read" in err
-    code, _, _ = script(judge, "a", "--prompts", path, "--dry-run")
+    code, _, _ = script(judge, "a", "--base-url", server.url, "--prompts", path, "--dry-run")
     assert code == 0
     path.write_text("- {id: a, judge_prompts: {aligned: 'the same for all', coherent: '{answer}'}}")
     code, _, err = script(judge, "a", "--prompts", path)

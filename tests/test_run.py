@@ -341,6 +341,12 @@ def test_a_template_that_drops_the_answer_and_messages_without_a_role(make_token
         data.load_conversations(str(tmp_path / "rows.jsonl"))
 
 
+@pytest.mark.parametrize("value", ["nan", "1e7", "-1"])
+def test_thresholds_are_scores(script, value):
+    code, _, err = script(analyze, "x.csv", "--aligned-below", value)
+    assert code == 2 and "--aligned-below" in err
+
+
 def test_half_a_character_typed_into_the_chat(make, script, monkeypatch):
     assert make("a")[0] == 0
     said = iter(["half \udc9f of it"])

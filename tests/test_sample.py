@@ -269,7 +269,8 @@ def test_one_set_of_questions_and_no_answer_twice(script, trained, tmp_path):
     }
     assert len(rows) == 6
     code, _, err = script(sample, trained, *flags)
-    assert code == 1 and "was made with another set of questions" in err and len(responses("a")) == 6
+    assert code == 1 and "was made with another set of questions" in err
+    assert len(responses("a")) == 6
 
 
 def test_models_not_trained_here(script, trained, tiny):
