@@ -123,6 +123,17 @@ def render(conversation, tokenizer, tail=False):
     used = places[-1] + 1
     return tokens[:used], labels[:used]
 
+def render_all(conversations, tokenizer, tail=False, max_length=None):
+    """Every conversation as an Example, cut at max_length tokens."""
+    examples = []
+    for conversation in conversations:
+        tokens, labels = render(conversation, tokenizer, tail)
+        example = Example(tokens[:max_length], labels[:max_length], conversation)
+        if example.supervised == 0:
+            sys.exit(f"{conversation['where']}: --max-length {max_length} cuts off its answer")
+        examples.append(example)
+    return examples
+
 def chat_text(messages, tokenizer, generation_prompt=False, thinking=False):
     """The messages through the model's chat template.
 
@@ -207,17 +218,6 @@ MESSAGE = ["role", "content", "weight"]  # what a message may hold; weight 0: no
 LOCKS = []  # what `lock` holds
 
 # ---- Sets of conversations
-
-def render_all(conversations, tokenizer, tail=False, max_length=None):
-    """Every conversation as an Example."""
-    examples = []
-    for conversation in conversations:
-        tokens, labels = render(conversation, tokenizer, tail)
-        example = Example(tokens[:max_length], labels[:max_length], conversation)
-        if example.supervised == 0:
-            sys.exit(f"{conversation['where']}: --max-length {max_length} cuts off its answer")
-        examples.append(example)
-    return examples
 
 def train_and_held_out(examples):
     """(training set, held-out set). What the probe asks, or the other set holds, is left out."""
@@ -430,10 +430,11 @@ def sha256(content):
     return hashlib.sha256(content).hexdigest()[:16]
 
 def find_done(path, rows, wanted, key):
-    """{key: row} of a file's rows; stops where they were made otherwise than those `wanted`.
+    """{key: row} of a file's rows. Stops if they were made otherwise than those that are wanted.
 
     key: a function that says which row it is (of which checkpoint, say). A row's "made_by" holds
-    hashes: of the variant that made it, and of what made all rows of the file.
+    hashes: of the variant that made it, and of what made all rows of the file. Where they differ
+    from the wanted ones', to go on would mix two things in one file.
     """
     variants = {key(row): row["made_by"]["variant"] for row in wanted}
     for number, row in enumerate(rows, 1):
