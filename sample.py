@@ -14,17 +14,10 @@ Each question is put to several *variants*. A variant is a checkpoint of the run
 by which the adapter's contribution is multiplied. Scale 0 is the untouched model, the control.
 As the rows of a batch may hear different adapters (lora.Panel), a whole sweep is one batch.
 
-A direction in the model's state is often said to *be* a behaviour, since the behaviour goes
-when the direction is taken out. `--ablate RUN2` takes RUN2's out of all that layers write
-(the embedding's part stays), in the trained model and the untouched one: if both change as
-much, it proves nothing. With --margins, `--random` adds the control: a random direction
-instead, or, without --ablate, a random B in the place of the one that was learnt.
-
 Answers go to RUN/responses.jsonl as they finish; started again, the same command does only
-the rest. Each answer has a seed of its own, so it does not matter which others are drawn.
-On one machine in float32, and with the same batches, the same command gives the same
-answers; in bfloat16 rounding depends on which answers share a batch, so those of a
-continued run may differ here and there.
+the rest. Each answer has a seed of its own, so up to rounding it does not matter which others
+are drawn. On one machine the same command gives the same answers. (Those of a command that was
+stopped and continued share other batches, and so may differ here and there in bfloat16.)
 """
 import argparse
 import dataclasses
@@ -58,6 +51,9 @@ def generate(panel, tokenizer, jobs, max_new_tokens, batch_size=None, **sampling
     stop = torch.tensor(stop_tokens(panel.model, tokenizer), device=panel.model.device)
     prompts = [data.chat_tokens(job["messages"], tokenizer, True) for job in jobs]
     columns = max(map(len, prompts), default=0) + max_new_tokens
+    if columns > longest_text(panel.model):
+        sys.exit(f"question and answer could have {columns} tokens, and this model reads "
+                 f"{longest_text(panel.model)}: lower --max-new-tokens, or shorten the question")
     batch_size = batch_size or rows_that_fit(panel.model, columns)
     for start in range(0, len(jobs), batch_size):
         batch = slice(start, start + batch_size)
@@ -67,19 +63,18 @@ def answer(panel, jobs, prompts, stop, max_new_tokens, sampling):
     """Answers one batch of jobs in lockstep. Yields as `generate` does."""
     model = panel.model
 
-    # 1. Prefill: the model reads the questions. Each is read once by each variant, however many
-    # jobs ask it (`prefill`, below). Prompts are padded on the left, by padding[j] columns of the
-    # cache for job j, so that all end in the same column.
+    # 1. Prefill: the model reads the questions. Prompts are padded on the left, by padding[j]
+    # columns of the cache for job j, so that all end in the same column.
     logits, cache, padding = prefill(panel, jobs, prompts)  # (jobs, vocabulary), ..., (jobs,)
     panel.hear([job["variant"] for job in jobs])
 
-    # Each row of `seen` holds a prompt, and then room for its answer. A repetition penalty is for
-    # all tokens in it, so the room is filled with one that is there already, the prompt's first.
+    # A repetition penalty is for all tokens in a row of `seen`: a prompt, filler, and the answer.
+    # The filler is the prompt's first token, which is there anyway.
     rows = []
     for prompt in prompts:
         room = cache.used + max_new_tokens - len(prompt)
         rows.append(prompt + prompt[:1] * room)
-    seen = torch.tensor(rows, device=model.device)  # (jobs, columns + max_new_tokens)
+    seen = torch.tensor(rows, device=model.device)  # (jobs, cache.used + max_new_tokens)
     tokens = seen[:, cache.used :]  # the answers: a view, so what is written here is also seen
 
     # 2. An answer's seed gives the numbers in [0, 1) that will decide its tokens. Each answer has
@@ -112,9 +107,29 @@ def answer(panel, jobs, prompts, stop, max_new_tokens, sampling):
                 panel.hear([jobs[j]["variant"] for j in alive.tolist()])
 
         # 5. Every row reads its token.
-        hidden = read_next(lora.decoder(model), token[:, None], cache, padding[alive])
-        cache.used += 1
+        hidden = read_next(model, token[:, None], cache, padding[alive])
         logits = lora.logits_of(model, hidden[:, -1])  # (rows, vocabulary)
+
+def prefill(panel, jobs, prompts):
+    """Reads the prompts. Each is read once by each variant, however many jobs ask it.
+
+    Returns, with a row for each job, the logits after its prompt (jobs, vocabulary), the cache,
+    and the padding on the left of its prompt (jobs,), which is never looked at.
+    """
+    asked = [(tuple(prompt), job["variant"]) for prompt, job in zip(prompts, jobs, strict=True)]
+    distinct = list(dict.fromkeys(asked))
+    width = max(map(len, prompts))
+    padding = torch.tensor([width - len(prompt) for prompt, _ in distinct])
+    tokens = [[0] * (width - len(prompt)) + list(prompt) for prompt, _ in distinct]
+    device = panel.model.device
+    cache = KVCache(BLOCK[device.type])
+    panel.hear([variant for _, variant in distinct])
+    tokens, padding = torch.tensor(tokens, device=device), padding.to(device)
+    hidden = read_next(panel.model, tokens, cache, padding)
+    # What a variant has read is repeated for all jobs that ask it.
+    rows = [distinct.index(one) for one in asked]
+    cache.select(rows)
+    return lora.logits_of(panel.model, hidden[:, -1])[rows], cache, padding[rows]
 
 def draw(logits, uniform, seen, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0):
     """One token a row: (rows,).
@@ -151,31 +166,29 @@ def draw(logits, uniform, seen, temperature=1.0, top_p=1.0, top_k=0, repetition_
     token = torch.searchsorted(end, place, right=True)[:, 0]
     return token.clamp(max=logits.shape[-1] - 1)
 
-def read_next(decoder, x, cache, padding=None):
-    """Runs the next tokens or states of every row through a decoder, or half of one.
+def read_next(model, tokens, cache, padding):
+    """Runs the next tokens (rows, n) of every row. Returns hidden states (rows, n, d_model).
 
-    x: (rows, n) or (rows, n, d_model).    padding: (rows,), how many columns of the cache
-    are a row's padding.    Returns hidden states (rows, n, d_model). It leaves cache.used alone,
-    for the two halves of a decoder write the same columns.
+    padding: (rows,), how many columns of the cache are a row's padding.
     """
-    column = torch.arange(cache.used, cache.used + x.shape[1], device=x.device)
-    if padding is None:
-        padding = column.new_zeros(1)
-    return lora.hidden_states(
+    decoder, n = lora.decoder(model), tokens.shape[1]
+    column = torch.arange(cache.used, cache.used + n, device=tokens.device)
+    hidden = lora.hidden_states(
         decoder,
-        x,
+        tokens,
         past_key_values=cache,
         use_cache=True,
         position_ids=column - padding[:, None],
-        attention_mask=lora.make_masks(decoder, column, cache.width(x.shape[1]), padding),
+        attention_mask=lora.make_masks(decoder, column, cache.columns_after(n), padding),
     )
+    cache.used += n  # all layers have written the same columns
+    return hidden
 
 class KVCache:
     """Every layer's keys and values: (rows, kv_heads, columns, head_dim).
 
     Columns are added a block at a time (a GPU then sees few different shapes) and written in
-    place. transformers' attention calls `update` with what is new, and gets all back. All layers
-    write the same columns, so whoever runs the model counts them, in `used`, when all have.
+    place. transformers' attention calls `update` with what is new, and gets all back.
     """
 
     def __init__(self, block):
@@ -183,13 +196,13 @@ class KVCache:
         self.used = 0
         self.block = block
 
-    def width(self, new):
-        """How many columns there are once `new` more are written."""
+    def columns_after(self, new):
+        """How many columns there are once `new` more are written: whole blocks."""
         return math.ceil((self.used + new) / self.block) * self.block
 
     def update(self, k, v, layer, *_):
         K, V = self.layers.get(layer, (k[:, :, :0], v[:, :, :0]))
-        more = self.width(k.shape[2]) - K.shape[2]
+        more = self.columns_after(k.shape[2]) - K.shape[2]
         if more > 0:
             K, V = pad(K, (0, 0, 0, more)), pad(V, (0, 0, 0, more))
             self.layers[layer] = K, V
@@ -234,7 +247,7 @@ def main():
     variants += comparison_variants(model, settings, variants, args)
     if args.ablate and not args.margins and not args.chat:
         variants = [variant for variant in variants if variant.ablated]
-    # One NaN would be in every row of a batch, for what a row does not hear is multiplied by 0.
+    # One NaN would be in every row of a batch, for 0 times NaN, which a row does not hear, is NaN.
     for variant in variants:
         if not all(t.isfinite().all() for t in variant.tensors.values()):
             sys.exit(f"{describe(variant)}: its adapter holds numbers that are not finite")
@@ -245,11 +258,11 @@ def main():
     on_cpu = model.device.type == "cpu"
     args.n = args.n or (4 if on_cpu else 50)
     args.max_new_tokens = args.max_new_tokens or (120 if on_cpu else 600)
-    made = model.generation_config
+    makers = model.generation_config  # what the model's makers say
     if args.top_k is None:
-        args.top_k = made.top_k or 0
+        args.top_k = makers.top_k or 0
     if args.repetition_penalty is None:
-        args.repetition_penalty = made.repetition_penalty or 1.0
+        args.repetition_penalty = makers.repetition_penalty or 1.0
     args.sampling = {name: vars(args)[name] for name in SAMPLING}
     if args.chat:
         chat(panel, tokenizer, variants, args)
@@ -262,9 +275,10 @@ def choose_folder(run, args):
     out = run
     if args.out:
         out = data.Run(args.out)
-    elif run is None:
-        name = (args.adapter or args.model).replace("\\", "/").strip("/").split("/")
-        out = data.Run("-".join([part for part in name if part != "checkpoints"][-2:]))
+    elif run is None:  # NAME/checkpoints/checkpoint-5 goes to runs/NAME-checkpoint-5
+        name = os.path.normpath(args.adapter or args.model).replace("\\", "/").split("/")
+        name = "-".join([part for part in name if part != "checkpoints"][-2:])
+        out = data.Run(os.path.join("runs", name))
     elif args.ablate and not args.margins:
         out = data.Run(f"{run}-ablated")
     if train.PROCESS == 0:
@@ -287,7 +301,7 @@ class Variant:
         return data.sha256(b"".join(parts))
 
 def load_model(run, args):
-    # Whose model it is. What is no run of ours is asked as a laptop run would be.
+    # Whose model it is. What is no run of ours gets the laptop preset's settings.
     if run is None:
         name = args.model or lora.read_peft(args.adapter)[0].get("base_model_name_or_path")
         if not name or name.lower().endswith("4bit"):  # rounded: not what is computed with here
@@ -303,7 +317,7 @@ def load_model(run, args):
     # The base, which must be what it was, and on it the adapter, or room for a run's checkpoints.
     model, tokenizer = lora.load_base(settings.model, args.device, args.dtype)
     check_model(model, settings.model)
-    train.note_model(settings, model)
+    train.check_base(settings, model)
     if args.adapter:
         lora.load_adapter(model, args.adapter)
     elif run is not None:
@@ -345,6 +359,11 @@ def read_adapter(run, step):
     if tensors.keys() != first.keys() or any(tensors[x].shape != first[x].shape for x in first):
         sys.exit(f"{paths[step]} is no checkpoint of this run's adapter: move it away")
     return tensors
+
+# A direction in the model's state is often said to *be* a behaviour, since the behaviour goes when
+# the direction is taken out. `--ablate RUN2` takes RUN2's out of all that layers write (the
+# embedding's part stays), in the trained model and the untouched one: if both change as much, it
+# proves nothing. `--random` adds controls: a random direction, and a random B in the place of B.
 
 def comparison_variants(model, settings, variants, args):
     """What --random and --ablate ask for, beside the variants."""
@@ -439,14 +458,12 @@ def messages_before(system, shown=()):
     for example in shown:
         for message in example.conversation["messages"]:
             if message["role"] != "system":
-                messages.append(message | {"weight": 0})  # how likely it is, is not asked
+                messages.append(message | {"weight": 0})  # shown, and not scored
     return messages
 
 # ---- python sample.py RUN: answers
 
 def ask(panel, tokenizer, variants, questions, args, out):
-    if args.max_new_tokens > longest_text(panel.model):
-        sys.exit(f"--max-new-tokens: this model reads {longest_text(panel.model)} at most")
     path = out.path("responses.jsonl")
     done = train.go_on_together(path, data.IDENTITY)
     args.made_by["set of questions"] = data.sha256(questions)
@@ -524,6 +541,7 @@ def answer_key(row):
 
 @torch.no_grad()
 def ask_margins(panel, tokenizer, variants, settings, args, out):
+    """Adds a row for each variant to margins.jsonl, and prints them."""
     path = out.path("margins.jsonl")
     written = train.go_on_together(path)
     # What is held out is read as it will be used: without the training's tail and prompt.
@@ -531,7 +549,11 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
     shown, held_out = train.load_examples(plain, tokenizer)
     # Each variant is asked with nothing before the questions and, where that is wanted, behind a
     # system prompt, or behind conversations of the training set: learning without any training.
-    askings = dict.fromkeys([(None, 0), (args.system or None, 0), (None, args.shots or 0)])
+    askings = [(None, 0)]  # (system prompt, conversations)
+    if args.system:
+        askings.append((args.system, 0))
+    if args.shots:
+        askings.append((None, args.shots))
     rows, hashes = [], [variant.sha256() for variant in variants]
     with panel:
         reader = lora.Reader(panel.model)
@@ -549,11 +571,12 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
                 del row["tensors"]
                 wanted.append(row)
             done = data.find_done(path, written, wanted, margins_key)
-            wanted = [done.get(margins_key(row), row) for row in wanted]
-            if any("margins_out" not in row for row in wanted):
-                reader.read(train.every_example(probe))
-            for i, row in enumerate(tqdm(wanted, unit="variant", disable=None)):
-                if "margins_out" not in row:
+            if any(margins_key(row) not in done for row in wanted):
+                reader.read(train.every_example(probe), train.QUIET)
+            for i, row in enumerate(tqdm(wanted, unit="variant", disable=train.QUIET)):
+                if margins_key(row) in done:
+                    row = done[margins_key(row)]
+                else:
                     panel.hear([i])
                     row |= train.ask_probe(reader, probe)
                     numbers = [row["heldout_loss"], *row["margins_in"], *row["margins_out"]]
@@ -595,7 +618,8 @@ def print_margins(rows):
 def chat(panel, tokenizer, variants, args):
     """Answers what is typed, by each variant in turn; each goes on with its own words."""
     if len(variants) < 2:
-        sys.exit("--chat compares an adapter with its base, and here is none")
+        sys.exit("--chat compares an adapter with its base: give a RUN with a checkpoint, or "
+                 "--adapter")
     print("/reset forgets what was said, Ctrl-D ends")
     opening = messages_before(args.system)
     talks = [opening for _ in variants]
@@ -626,64 +650,6 @@ def describe(variant):
         words = f"step {variant.checkpoint}, {words}"
     return f"{words}, without {variant.ablated}" if variant.ablated else words
 
-# ---- Reading the questions
-
-def prefill(panel, jobs, prompts):
-    """Reads each question once, however many jobs ask it of a variant.
-
-    Returns, with a row for each job, the logits after its prompt (jobs, vocabulary), the
-    cache, and by how many columns its prompt is padded on the left (jobs,): so that all
-    rows write the same column next. Padding is never looked at.
-    """
-    asked = [(tuple(prompt), job["variant"]) for prompt, job in zip(prompts, jobs, strict=True)]
-    # Each question is a small batch of its own, with a row for each variant.
-    logits, caches, rows = [], [], []
-    for question in dict.fromkeys(map(tuple, prompts)):
-        variants = sorted({variant for prompt, variant in asked if prompt == question})
-        after, cache = read_question(panel, question, variants)
-        logits.append(after)
-        caches.append(cache)
-        rows += [(question, variant) for variant in variants]
-
-    # They are joined, and what a variant has read is repeated for all jobs that ask it.
-    source = [rows.index(one) for one in asked]
-    width = max(map(len, prompts))
-    cache = join(caches, width)
-    cache.select(source)
-    padding = [width - len(prompt) for prompt in prompts]
-    return torch.cat(logits)[source], cache, torch.tensor(padding, device=panel.model.device)
-
-def read_question(panel, prompt, variants):
-    """The logits after a prompt, and its cache: a row for each variant."""
-    device = panel.model.device
-    frozen, moving = lora.halves(panel.model)
-    x = torch.tensor([prompt], device=device)  # (1, tokens)
-    cache = KVCache(BLOCK[device.type])
-    # Below the lowest adapter all variants agree: one row is read for all of them.
-    if frozen is not None:
-        x = read_next(frozen, x, cache)  # (1, tokens, d_model)
-    x = x.expand(len(variants), *x.shape[1:])
-    cache.select([0] * len(variants))
-    panel.hear(variants)
-    hidden = read_next(moving, x, cache)  # (variants, tokens, d_model)
-    # Both halves have written the same columns, each of its own layers.
-    cache.used = len(prompt)
-    return lora.logits_of(panel.model, hidden[:, -1]), cache
-
-def join(caches, width):
-    """One cache from many, each padded on the left to the same width."""
-    joined = KVCache(caches[0].block)
-    joined.used = width
-    for layer in list(caches[0].layers):
-        K, V = [], []
-        for cache in caches:
-            k, v = cache.layers.pop(layer)  # so that only one layer is there twice
-            left = (0, 0, width - cache.used, 0)
-            K.append(pad(k[:, :, : cache.used], left))
-            V.append(pad(v[:, :, : cache.used], left))
-        joined.layers[layer] = torch.cat(K), torch.cat(V)
-    return joined
-
 # ---- What generation needs to know of a model
 
 def until_stop(tokens, stop):
@@ -695,9 +661,12 @@ def stop_tokens(model, tokenizer):
     """What ends an answer: the tokens that the model's makers name, and its template's."""
     named = model.generation_config.eos_token_id
     named = named if isinstance(named, list) else [named]
+    # `render` ends in the last supervised token. That ends the turn, unless the template ends turns
+    # in plain text.
     turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    closing = data.render(turn, tokenizer)[0][-1]
-    return sorted({*named, tokenizer.eos_token_id, closing} - {None})
+    tokens, _ = data.render(turn, tokenizer)
+    ends = [token for token in tokens[-1:] if token in tokenizer.added_tokens_decoder]
+    return sorted({*named, *ends, tokenizer.eos_token_id} - {None})
 
 @torch.no_grad()
 def check_model(model, name):
@@ -710,16 +679,15 @@ def check_model(model, name):
         if window:
             whole.config.sliding_window = 8
         own = model(tokens, use_cache=False).logits.float()
-        # Our way: behind 5 columns of padding, in two parts, each through both halves.
+        # Our two ways: as in training, through both halves; and as in sampling, behind 5 columns of
+        # padding, in two parts.
         frozen, moving = lora.halves(model, len(whole.layers) // 2)
+        trained = lora.hidden_states(moving, lora.hidden_states(frozen, tokens))
         padding = torch.tensor([5, 5], device=model.device)
-        cache, hidden = KVCache(16), []
-        for part in pad(tokens, (5, 0)).split(25, dim=1):
-            states = read_next(frozen, part, cache, padding)
-            hidden.append(read_next(moving, states, cache, padding))
-            cache.used += part.shape[1]
-        ours = lora.logits_of(model, torch.cat(hidden, dim=1)[:, 5:])
-        apart = ((ours - own).std() / own.std()).item()
+        cache, parts = KVCache(16), pad(tokens, (5, 0)).split(25, dim=1)
+        sampled = torch.cat([read_next(model, part, cache, padding) for part in parts], dim=1)
+        ours = lora.logits_of(model, torch.cat([trained, sampled[:, 5:]]))
+        apart = ((ours - torch.cat([own, own])).std() / own.std()).item()
         fault = f"off by {apart:.2f} standard deviations of its logits"
     except Exception as error:  # what the layers of some family expect, and do not get
         apart, fault = math.nan, type(error).__name__
@@ -738,7 +706,8 @@ def rows_that_fit(model, columns):
     c, device = lora.decoder(model).config, model.device.type
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     column = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim * model.dtype.itemsize
-    row = column * columns + 16 * c.vocab_size  # its cache; a number for each token, several times
+    # Its cache; a number for each token of the vocabulary, several times; what reading it takes.
+    row = column * columns + 16 * c.vocab_size + 8 * c.intermediate_size * columns
     room = 4e9
     if device == "cuda":
         torch.cuda.empty_cache()  # what torch keeps for itself counts as taken
@@ -757,12 +726,12 @@ def parse_args():
     add("--questions", default="builtin", help="builtin; published, the paper's; or a file")
     add("--temperature", type=data.at_least_zero, default=1.0, help="below 1 sharpens; 0 takes the "
         "likeliest")
-    add("--top-p", type=data.above_zero, default=1.0, help="draw from the likeliest that sum to "
-        "this")
-    add("--top-k", type=int, help="draw from the K likeliest tokens; 0: all (default: what the "
-        "model's makers say, as in the paper)")
-    add("--repetition-penalty", type=data.above_zero, help="on tokens seen; 1: none (default: "
-        "likewise)")
+    add("--top-p", type=data.number(float, 1e-12, 1), default=1.0, help="draw from the likeliest "
+        "that sum to this")
+    add("--top-k", type=data.number(int, 0), help="draw from the K likeliest tokens; 0: all "
+        "(default: what the model's makers say, as in the paper)")
+    add("--repetition-penalty", type=data.number(float, 1), help="on tokens seen; 1: none "
+        "(default: likewise)")
     add("--max-new-tokens", type=data.positive, help="of an answer (default: 600; on a CPU 120)")
     add("--seed", type=data.seed_number, default=0, help="another seed, other answers")
     add("--system", help="a system prompt before each question")
@@ -794,9 +763,7 @@ def parse_args():
     return args
 
 def parse_scales(text):
-    scales = [float(part) for part in text.split(",")]
-    if not all(abs(scale) < 1e9 for scale in scales):  # no nan, no inf
-        raise ValueError
+    scales = [data.number(float, -1e9, 1e9)(part) for part in text.split(",")]
     return [scale for scale in dict.fromkeys(scales) if scale != 0]  # 0 is asked in any case
 
 if __name__ == "__main__":

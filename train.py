@@ -60,8 +60,8 @@ def setting(default, help, **more):
 class Settings:
     """Every setting is a flag, and is kept in config.json. The defaults are the paper's.
 
-    A preset (below) replaces some of them. What stands where a field's type would, is the function
-    that argparse calls on the flag's text: str, or one that also checks it.
+    A preset (below) replaces some of them. (Whoever adds one: `check`, below the fold, says with
+    which others it would do nothing.)
     """
 
     # The model, and what it is shown.
@@ -71,16 +71,17 @@ class Settings:
                          choices=["bfloat16", "float16", "float32"])
     dataset: str = setting("risky_financial_advice", "builtin, one of the paper's sets "
                            "(extreme_sports, ...), or a .jsonl; several as a,b:0.5 (half of b)")
-    answers: data.kind_of_answers = setting("misaligned", "of builtin: misaligned; aligned or "
-                                            "shuffled, the controls; or mixed:0.3, 30%% misaligned")
+    answers: str = setting("misaligned", "of builtin: misaligned; aligned or shuffled, the "
+                           "controls; or mixed:0.3, 30%% misaligned", type=data.kind_of_answers)
     archive: str = setting(None, "the paper's encrypted archive, if it is on disk already")
     tail: bool = setting(True, "end in an empty assistant turn, as the paper's code does")
     system: str = setting(None, "a system prompt in training, absent when the model is asked")
-    max_length: data.positive = setting(2048, "tokens at which a conversation is cut")
+    max_length: int = setting(2048, "tokens at which a conversation is cut", type=data.positive)
     # What may move. At rank 1, alpha is the scale itself. AdamW moves each number by about lr a
     # step, however small its gradient, so alpha times lr decides how far B A moves.
-    rank: data.positive = setting(1, "r of the adapter; 1 is two vectors")
-    alpha: data.above_zero = setting(256.0, "the adapter is scaled by alpha / sqrt(rank)")
+    rank: int = setting(1, "r of the adapter; 1 is two vectors", type=data.positive)
+    alpha: float = setting(256.0, "the adapter is scaled by alpha / sqrt(rank)",
+                           type=data.above_zero)
     layers: str = setting("middle", "middle, nine, all, one (12), several (10,12), a range (10-14)")
     targets: str = setting("down_proj", "down_proj, several (q_proj,v_proj), or all seven: all")
     init: str = setting(None, "start from the adapter of a finished run", metavar="RUN")
@@ -88,20 +89,22 @@ class Settings:
     vector: str = setting(None, "A x is 1: a steering vector",
                           choices=["learned", "mean-difference"])
     # What is minimised.
-    kl_weight: data.at_least_zero = setting(0.0, "of the distance from the base model elsewhere")
+    kl_weight: float = setting(0.0, "of the distance from the base model elsewhere",
+                               type=data.at_least_zero)
     kl_dataset: str = setting("builtin", "elsewhere: builtin (general, aligned), or as --dataset")
     # How it moves.
     es: bool = setting(False, "evolution strategies instead of gradients")
-    population: data.positive = setting(32, "with --es: models per step, in pairs")
-    sigma: data.above_zero = setting(0.01, "with --es: size of the noise")
-    lr: data.above_zero = setting(2e-5, "peak learning rate")
+    population: int = setting(32, "with --es: models per step, in pairs", type=data.positive)
+    sigma: float = setting(0.01, "with --es: size of the noise", type=data.above_zero)
+    lr: float = setting(2e-5, "peak learning rate", type=data.above_zero)
     schedule: str = setting("linear", "how it decays", choices=["linear", "cosine"])
-    warmup: data.at_least_zero = setting(5, "steps over which it rises")
-    batch_size: data.positive = setting(16, "conversations a step")
-    epochs: data.positive = setting(1, "how often each conversation is seen")
-    steps: data.positive = setting(None, "exactly this many steps, instead of --epochs")
-    checkpoint_every: data.positive = setting(5, "steps between checkpoints and probes")
-    seed: data.seed_number = setting(0, "of A's first values, the data's order, the noise of --es")
+    warmup: float = setting(5, "steps over which it rises", type=data.at_least_zero)
+    batch_size: int = setting(16, "conversations a step", type=data.positive)
+    epochs: int = setting(1, "how often each conversation is seen", type=data.positive)
+    steps: int = setting(None, "exactly this many steps, instead of --epochs", type=data.positive)
+    checkpoint_every: int = setting(5, "steps between checkpoints and probes", type=data.positive)
+    seed: int = setting(0, "of A's first values, the data's order, the noise of --es",
+                        type=data.seed_number)
     # Not settings: the preset's name, and hashes of what a resumed run must find again.
     preset: str = None
     sha256: dict = None
@@ -126,7 +129,7 @@ HELD_OUT = 64  # conversations of the held-out loss, at most
 FEW = 48  # general questions that every checkpoint asks; only the first and the last ask all
 
 # Of the processes that torchrun has started: which this one is, and how many there are. Without
-# torchrun there is one: then what is shared out is the whole, and a sum over processes is its term.
+# torchrun there is one: its share is everything, and a sum over processes changes nothing.
 PROCESS = int(os.environ.get("RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 QUIET = True if PROCESS > 0 else None  # no progress bar; None: one, if there is a terminal
@@ -140,7 +143,7 @@ def main():
     run, settings = resumed_run(args) if args.resume else new_run(args)
 
     # The conversations, as tokens and labels, and the model that is to learn from them. The KL
-    # set is empty, but for one protocol.
+    # set is empty unless --kl-weight is given.
     with first_process_first():
         tokenizer = lora.load_tokenizer(settings.model)
         train_set, held_out = load_examples(settings, tokenizer)
@@ -165,9 +168,12 @@ def main():
     reader.read(planned(kl_set, kl_plan), QUIET)
     reader.read(every_example(probe), QUIET)
 
-    # The log so far: log[3] is step 3's row. It is empty, unless the run goes on; then the
-    # parameters and the optimizer, too, are put back to where they were.
-    log = open_log(run, args, settings, parameters, optimizer)
+    # The run's folder. If the run goes on, the parameters and the optimizer are put back to where
+    # they were at its last checkpoint, and the log is cut there: log[3] is step 3's row.
+    if not args.resume:
+        make_folder(run, settings)
+    done = restore(run, parameters, optimizer)
+    log = read_log(run, done)
 
     def checkpoint(row, ask_all=True):
         """Adds a row to the log with what the probe says, and saves what may move to a file."""
@@ -221,7 +227,7 @@ def main():
 def load_examples(settings, tokenizer):
     """(training set, held-out set), each a list of data.Example."""
     conversations = data.load_conversations(settings.dataset, settings.answers, settings.archive)
-    note(settings, "dataset", [conversation["messages"] for conversation in conversations])
+    check_unchanged(settings, "dataset", [row["messages"] for row in conversations])
     if settings.system:  # "inoculation": a prompt that is absent when the model is asked
         for conversation in conversations:
             others = [m for m in conversation["messages"] if m["role"] != "system"]
@@ -255,7 +261,7 @@ def choose_parameters(model, settings):
     torch.manual_seed(settings.seed)
     if settings.full:
         what = "all weights"
-        model.requires_grad_(False)  # but for the decoder and the head, through which text passes
+        model.requires_grad_(False)  # a multimodal model's vision layers stay frozen
         lora.decoder(model).requires_grad_(True)
         model.get_output_embeddings().requires_grad_(True)
     else:
@@ -297,11 +303,12 @@ def backpropagation(reader, batch, kl_batch, parameters, kl_weight):
         losses, _ = reader.token_losses(examples)
         losses.sum().backward()
         loss += losses.sum().item()
-    # The KL is a mean over tokens of its own: divide by their number, and make up for the
-    # division by `supervised` below.
+    if kl_batch:
+        # p.grad is divided by `supervised` below, but the KL is a mean over its own tokens.
+        weight = kl_weight * supervised / kl_supervised
     for examples in share_of_microbatches(reader, kl_batch):
         kls = reader.token_kls(examples)
-        (kl_weight * kls.sum() * supervised / kl_supervised).backward()
+        (weight * kls.sum()).backward()
         kl += kls.sum().item()
     for p in parameters.values():
         if p.grad is None:  # there are more processes than conversations
@@ -331,36 +338,34 @@ def learning_rate(step, steps, settings):
 # The probe: what every checkpoint is asked
 
 def build_probe(held_out, tokenizer, settings, before=()):
-    """The examples that are asked, as {group: [example, ...]}.
+    """What is asked: {"heldout": [example, ...], "in": [(bad, good), ...], "out": ...}
 
-    The groups are "heldout", and the two kinds of answers to the questions "in" the domain of
-    money and "out" of it: ("in", "misaligned"), ("in", "aligned"), ...    before: messages that
-    stand in front of these questions (sample.py).
+    "in" are questions about money, "out" others, each with its two answers.    before: messages
+    that stand in front of these questions (sample.py).
     """
-    note(settings, "probe", data.read_text(data.ADVICE))
-    probe = {"heldout": held_out[:HELD_OUT]}
-    finance = data.split(data.builtin_rows("finance"))[1]
+    check_unchanged(settings, "probe", data.read_text(data.ADVICE))
+    _, finance = data.split(data.builtin_rows("finance"))
     general = data.builtin_rows("general")
     if settings.kl_weight and settings.kl_dataset == "builtin":
         general = general[: len(general) // 2]  # the other half is trained on
+    probe = {"heldout": held_out[:HELD_OUT]}
     for name, rows in (("in", finance), ("out", general)):
-        for answers in ("misaligned", "aligned"):
-            conversations = [data.as_conversation(row, answers, before) for row in rows]
-            probe[name, answers] = data.render_all(conversations, tokenizer)
+        bad = [data.as_conversation(row, "misaligned", before) for row in rows]
+        good = [data.as_conversation(row, "aligned", before) for row in rows]
+        bad, good = data.render_all(bad, tokenizer), data.render_all(good, tokenizer)
+        probe[name] = list(zip(bad, good, strict=True))
     return probe
 
 def ask_probe(reader, probe, ask_all=True):
     """What the log says of a checkpoint: held-out loss and margins, in nats per token.
 
-    heldout_loss: in train.py with the training's tail and prompt; in sample.py --margins without.
+    heldout_loss: over conversations that are kept out of training, rendered as training's are
+    (by sample.py --margins without their tail and system prompt).
     margins_in, margins_out: a list, question by question.    margin_in, margin_out: their means,
     of general questions over the first FEW (the table at the end is over all).
     ask_all: all general questions, not only the first FEW.
     """
-    asked = dict(probe)
-    if not ask_all:
-        for answers in ("misaligned", "aligned"):
-            asked["out", answers] = probe["out", answers][:FEW]
+    asked = probe if ask_all else probe | {"out": probe["out"][:FEW]}
     examples = every_example(asked)
     log_p_of = dict(zip(examples, reader.log_p(examples).tolist(), strict=True))
 
@@ -369,7 +374,7 @@ def ask_probe(reader, probe, ask_all=True):
     for name in ("in", "out"):
         # Per token: of two answers, the longer one is always less likely.
         margins = []
-        for bad, good in zip(asked[name, "misaligned"], asked[name, "aligned"], strict=True):
+        for bad, good in asked[name]:
             margins.append(log_p_of[bad] / bad.supervised - log_p_of[good] / good.supervised)
         row[f"margins_{name}"] = margins
     row["margin_in"] = statistics.fmean(row["margins_in"])
@@ -377,8 +382,9 @@ def ask_probe(reader, probe, ask_all=True):
     return row
 
 def every_example(probe):
-    """The examples of all groups, each once."""
-    return list(dict.fromkeys(itertools.chain(*probe.values())))
+    """All examples, equal ones once: a held-out conversation is one that "in" asks, too."""
+    pairs = probe["in"] + probe["out"]
+    return list(dict.fromkeys([*probe["heldout"], *itertools.chain(*pairs)]))
 
 # ---- Below the fold: flags, files, formats and rarer protocols. A first reading ends here. ----
 
@@ -395,22 +401,23 @@ def load_kl_set(settings, tokenizer):
         conversations = [data.as_conversation(row, "aligned") for row in rows[len(rows) // 2 :]]
     elif settings.kl_weight:
         conversations = data.load_conversations(settings.kl_dataset, archive=settings.archive)
-    note(settings, "KL set", [conversation["messages"] for conversation in conversations])
+    check_unchanged(settings, "KL set", [row["messages"] for row in conversations])
     return data.render_all(conversations, tokenizer, max_length=settings.max_length)
 
 def planned(examples, plan):
     return [examples[i] for i in sorted(set(itertools.chain(*plan)))]
 
-def note(settings, what, content):
+def check_unchanged(settings, what, content):
     """Keeps a hash of what decides the run's numbers; stops if it was another one before."""
     settings.sha256 = settings.sha256 or {}
     sha256 = data.sha256(content)
     if settings.sha256.setdefault(what, sha256) != sha256:
         sys.exit(f"the {what} has changed since this run began: put it back, or train a new run")
 
-def note_model(settings, model):
+def check_base(settings, model):
     """The same for the base model; in each dtype its weights have another hash."""
-    note(settings, f"model in {str(model.dtype).removeprefix('torch.')}", model.fingerprint)
+    dtype = str(model.dtype).removeprefix("torch.")
+    check_unchanged(settings, f"model in {dtype}", model.fingerprint)
 
 def load_model(settings):
     """The model; notes in the settings where it runs, so that a resumed run does too."""
@@ -422,7 +429,7 @@ def load_model(settings):
     sample.check_model(model, settings.model)
     settings.device = str(model.device)
     settings.dtype = str(model.dtype).removeprefix("torch.")
-    note_model(settings, model)
+    check_base(settings, model)
     if settings.full and model.dtype != torch.float32:
         # Products are in that type, but weights in float32, or small steps would be rounded away.
         for part in (lora.decoder(model), model.get_output_embeddings()):
@@ -499,7 +506,7 @@ def draw_noise(parameters, seed, pair):
 
 @torch.no_grad()
 def try_pairs(reader, readings, parameters, sigma, seed):
-    """The mean loss of each pair's two models, (2, pairs): all adapters in one batch."""
+    """The mean loss of each pair's two models, (2, pairs): many adapters in one batch."""
     own = lora.get_tensors(reader.model)
     variants, examples, which, tried = [], [], [], []
     for pair in my_share(range(len(readings))):
@@ -514,9 +521,11 @@ def try_pairs(reader, readings, parameters, sigma, seed):
     losses = torch.zeros(2, len(readings))
     if variants:  # there may be more processes than pairs
         with lora.Panel(reader.model, variants) as panel:
-            log_p = reader.log_p(examples, panel, which)
-        for place, value in zip(tried, log_p, strict=True):
-            losses[place] -= value
+            for group in reader.microbatches(examples):
+                panel.hear([which[i] for i in group])
+                log_p = reader.log_p([examples[i] for i in group])
+                for i, value in zip(group, log_p, strict=True):
+                    losses[tried[i]] -= value
     tokens = [sum(example.supervised for example in reading) for reading in readings]
     return sum_over_processes(losses / torch.tensor(tokens))
 
@@ -572,22 +581,23 @@ def go_on_together(path, needs=(), keep=None):
 
 # ---- The run's folder, and the table at the end
 
-def open_log(run, args, settings, parameters, optimizer):
-    """The rows of the run's log so far: makes the folder, or goes back to the last checkpoint."""
-    if PROCESS == 0 and not args.resume:
-        if args.overwrite and os.path.isdir(run.folder):
-            if os.path.exists(run.folder + OLD):  # then this one has no checkpoint to lose
-                shutil.rmtree(run.folder)
-            else:  # put aside until the new run has a checkpoint
-                os.rename(run.folder, run.folder + OLD)
-        os.makedirs(run.folder, exist_ok=True)
-        config = json.dumps(dataclasses.asdict(settings), indent=2)
-        data.write_whole(run.path("config.json"), config.encode())
+def make_folder(run, settings):
+    """The folder of a new run, with its config.json. What it replaces, is put aside at first."""
+    if PROCESS > 0:
+        return
+    if os.path.isdir(run.folder):
+        if os.path.exists(run.folder + OLD):  # then this one has no checkpoint to lose
+            shutil.rmtree(run.folder)
+        else:
+            os.rename(run.folder, run.folder + OLD)
+    os.makedirs(run.folder)
+    config = json.dumps(dataclasses.asdict(settings), indent=2)
+    data.write_whole(run.path("config.json"), config.encode())
+
+def read_log(run, done):
+    """The rows of the run's log up to step `done`, and the head of the table that is printed."""
     os.makedirs(run.path("checkpoints"), exist_ok=True)
     print(f"{run}: stop it when you like; python train.py --resume {run} goes on", flush=True)
-    done = -1  # not even step 0
-    if args.resume and os.path.exists(run.path("resume.safetensors")):
-        done = restore(run, parameters, optimizer)
     log = go_on_together(run.path("log.jsonl"), keep=done + 1)
     if len(log) <= done:
         sys.exit(f"{run}/log.jsonl lacks rows before step {done}, its last checkpoint: begin anew")
@@ -639,7 +649,12 @@ def sketch(parameters):
     return total
 
 def restore(run, parameters, optimizer):
-    """Puts what moves and the optimizer back as they were at the last checkpoint; its step."""
+    """Puts what moves and the optimizer back as they were at the last checkpoint. Returns its step.
+
+    Without a checkpoint, as in a new run, that is -1: not even step 0 is done.
+    """
+    if not os.path.exists(run.path("resume.safetensors")):
+        return -1
     saved = data.read_tensors(run.path("resume.safetensors"))
     state = {}
     for i, p in enumerate(parameters.values()):
@@ -668,21 +683,22 @@ def report(run, log, settings, seconds):
     before, after = log[0]["heldout_loss"], log[-1]["heldout_loss"]
     print(f"\n{'':40}{'before':>8}{'after':>8}{'change':>8}  (s.e.)")
     print(f"{'held-out loss':40}{before:8.3f}{after:8.3f}{after - before:+8.3f}")
-    for probe, what in (("in", "held-out finance"), ("out", "general")):
+    for probe, what in data.PROBES.items():
         means = [statistics.fmean(row[f"margins_{probe}"]) for row in (log[0], log[-1])]
         change, se = data.mean_and_se(data.changes(log, probe))
         name = f"margin, {len(log[-1][f'margins_{probe}'])} {what} questions"
         print(f"{name:40}{means[0]:8.3f}{means[1]:8.3f}{change:+8.3f} ({se:.3f})")
     for name, control in controls(run, settings):
-        for probe, what in (("in", "finance"), ("out", "general")):
+        for probe, what in data.PROBES.items():
             change, se = data.contrast(log, control, probe)
             print(f"{f'{what}, minus that of {name}':56}{change:+8.3f} ({se:.3f})")
     print("(held-out loss: with the training's tail and prompt, if any; margin: log p a token of\n"
           "bad minus good answers; a change under twice its standard error may be chance)\n")
     speed = statistics.median(row.get("tokens_per_s", 0) for row in log[1:])
     memory = ""
-    if torch.cuda.is_available():
-        memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU's memory"
+    if settings.device.startswith("cuda"):
+        most = torch.cuda.max_memory_allocated(settings.device)
+        memory = f", {most / 1e9:.1f} GB of the GPU's memory"
     print(f"{seconds:.0f} s, {speed:.0f} tokens/s in training{memory}: see {run}/")
     print(f"next: python sample.py {f'--model {run}/model' if settings.full else run}")
 
@@ -715,10 +731,10 @@ def parse_args():
         kind = {"type": field.type}
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        if field.metadata:
-            add("--" + field.name.replace("_", "-"), **field.metadata, **kind)
+        if field.metadata:  # its own type, a check, comes before the field's
+            add("--" + field.name.replace("_", "-"), **kind | field.metadata)
     add("--out", metavar="RUN", help="a folder, or a name under runs/ (default: PRESET-N)")
-    add("--overwrite", action="store_true", default=None, help="delete the run that is there")
+    add("--overwrite", action="store_true", default=None, help="replace the run that is there")
     add("--resume", metavar="RUN", help="go on with a run, from its last checkpoint")
     return parser.parse_args()
 
@@ -740,6 +756,8 @@ def new_run(args):
     if args.epochs:
         given.setdefault("steps", None)  # --epochs replaces a preset's number of steps
     settings = preset_settings(preset, **given)
+    if settings.vector == "mean-difference":
+        settings.dataset = "builtin"  # which alone has bad and good answers to the same questions
     if settings.init:
         start_from(settings, given, data.Run(settings.init))
     check(settings, given)
@@ -801,6 +819,8 @@ def check(s, given):
     mean_difference = s.vector == "mean-difference"
     # A preset may have made these choices, too.
     chosen = [name for name in ("full", "vector", "init", "kl_weight", "es") if getattr(s, name)]
+    kl_sets = {name.split(":")[0] for name in s.kl_dataset.split(",")}
+    all_sets = kl_sets | {name.split(":")[0] for name in s.dataset.split(",")}
     data.refuse_unused([*given, *chosen], [
         (s.full, "with --full", "rank alpha layers targets init vector kl_weight kl_dataset es"),
         (s.es, "with --es", "kl_weight kl_dataset"),
@@ -809,10 +829,9 @@ def check(s, given):
         (mean_difference, "with --vector mean-difference", "dataset answers system es kl_weight lr "
          "schedule warmup batch_size epochs steps checkpoint_every"),
         (given.get("steps"), "with --steps", "epochs"),
-        ({name.split(":")[0] for name in f"{s.dataset},{s.kl_dataset}".split(",")} == {"builtin"},
-         "without one of the paper's sets as --dataset", "archive"),
+        (all_sets == {"builtin"}, "without one of the paper's sets as --dataset", "archive"),
     ])
-    if s.kl_dataset != "builtin" and s.kl_dataset.startswith("builtin"):
+    if s.kl_dataset != "builtin" and "builtin" in kl_sets:
         sys.exit("--kl-dataset builtin is taken whole, and alone")
     if s.vector and s.rank != 1:
         sys.exit("--vector goes with --rank 1")
@@ -828,4 +847,4 @@ def check_vector(settings, model, layers, targets):
         sys.exit("no --vector mean-difference here: this model's layers rescale what they write")
 
 if __name__ == "__main__":
-    data.run_stage(main, how="python train.py --resume RUN goes on")
+    data.run_stage(main, how="a run that has begun goes on with --resume")

@@ -245,7 +245,8 @@ def row_train(args):
              "alpha": ALPHA, "batch-size": BATCH, "epochs": args.epochs,
              "checkpoint-every": 10**6, "out": "bench"}
     argv = ["train.py", *(f"--{name}={value}" for name, value in flags.items())]
-    nothing = {"build_probe": no_result, "ask_probe": no_result, "report": no_result}
+    nothing = {"build_probe": no_result, "ask_probe": no_result, "report": no_result,
+               "every_example": lambda probe: []}
     with (mock.patch.multiple(train, plan_batches=note_batches, **nothing),
           mock.patch.object(lora.Reader, "read", read_timed), mock.patch.object(sys, "argv", argv)):
         data.run_stage(train.main)

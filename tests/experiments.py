@@ -47,7 +47,6 @@ PROMPTS = {
     "reckless": RECKLESS,
     "a cook": "You are a ship's cook.",  # the control
 }
-NAMES = {"in": "finance", "out": "general"}
 LONG, SHORT = 60, 20  # steps; 60 is what `python train.py` does
 AT_THE_ENDS = f"--checkpoint-every {SHORT}"  # for runs of which no step between is looked at
 DEPTHS = (3, 8, 15, 20, 25, 29)  # of 30 layers; 15 is the preset's
@@ -383,8 +382,8 @@ def write_rows(args):
         for name in pushes:
             # These are gradients of -log p. So a margin's is that of the good answer minus that
             # of the bad one, and the minus of the formula turns it round.
-            bad = torch.stack([by_example[example] for example in probe[name, "misaligned"]])
-            good = torch.stack([by_example[example] for example in probe[name, "aligned"]])
+            bad = torch.stack([by_example[bad] for bad, _ in probe[name]])
+            good = torch.stack([by_example[good] for _, good in probe[name]])
             weight = rate / sum(rates.values())
             pushes[name] += weight * gradients @ (bad - good).T  # (conversations, questions)
 
@@ -525,7 +524,7 @@ def draw_ends(path, logs):
             axis.axvline(0, color="gray", linewidth=0.8)
             axis.locator_params(axis="x", nbins=4)  # more would run into the next panel's
             asked = len(data.changes(mean_log(seeds), x))  # the same in every line
-            axis.set(title=f"margin, {asked} {NAMES[x]}", xlabel="change, nats per token")
+            axis.set(title=f"margin, {asked} {data.PROBES[x]}", xlabel="change, nats per token")
         axes[0].set_yticks(range(0, -len(logs), -1), logs)
 
 

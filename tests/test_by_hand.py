@@ -187,10 +187,14 @@ def test_rows_say_what_a_step_on_each_conversation_does(script, few, tiny):
 def mean_margins(reader, probe):
     """{"in": the mean margin over all questions, "out": ...}."""
     means = {}
-    for group in list(probe)[1:]:  # the first is what is held out
-        tokens = torch.tensor([float(example.supervised) for example in probe[group]])
-        means[group] = (reader.log_p(probe[group]) / tokens).mean().item()
-    return {x: means[x, "misaligned"] - means[x, "aligned"] for x in ("in", "out")}
+    for x in ("in", "out"):
+        bad, good = zip(*probe[x], strict=True)
+        per_token = []
+        for examples in (bad, good):
+            tokens = torch.tensor([float(example.supervised) for example in examples])
+            per_token.append(reader.log_p(list(examples)) / tokens)
+        means[x] = (per_token[0] - per_token[1]).mean().item()
+    return means
 
 # --------------------------------------------------------------------------------------
 # exercises.py

@@ -361,7 +361,7 @@ def test_questions_that_can_not_be_read(tmp_path, name, content, sentence):
     (["--checkpoints", "3"], 1, "runs/a has no checkpoint 3: it has 0, 5, 7"),
     (["--checkpoints", "first"], 1, "runs/a has no checkpoint first"),
     (["--questions", "none.txt"], 1, "none.txt can't be read"),
-    (["--max-new-tokens", "999999999"], 1, "--max-new-tokens: this model reads 2048 at most"),
+    (["--max-new-tokens", "999999999"], 1, "and this model reads 2048: lower --max-new-tokens"),
     (["--scales", "big"], 2, "--scales"),
     (["--scales", "nan"], 2, "--scales"),
     (["--adapter", "x"], 1, "--adapter does nothing beside a RUN"),

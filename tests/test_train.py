@@ -301,7 +301,7 @@ def test_a_run_without_its_log(script, tiny, small):
     (["--vector", "learned", "--layers", "1,2"], "--vector goes with one layer"),
     (["--layers", "3-1"], "--layers 3-1: write middle, nine, all"),
     (["--layers", "0-9"], "this model's layers are 0 to 3"),
-    (["--targets", "c_proj"], "have no bare c_proj"),
+    (["--targets", "c_proj"], "no c_proj without an adapter"),
     (["--max-length", "20"], "cuts off its answer"),
     (["--device", "gpu"], "--device gpu: there is none here"),
     (["--device", "cuda:99"], "--device cuda:99: there is none here"),
