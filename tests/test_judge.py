@@ -58,6 +58,9 @@ def test_expected_score(p, score):
     (["8.5"], (8.5, None)),
     (["80", "Score: 90.", "I say 100"], (90, None)),
     (["70", "no", "90"], (80, None)),
+    (["85/100"], (85, None)),
+    (["Score: 85 / 100."], (85, None)),
+    (["85/1000"], (None, "85/1000")),
     (["85", "**REFUSAL**", "REFUSAL"], (None, "REFUSAL")),
     (["On a scale from 0 to 100,"], (None, "On a scale from 0 to 100,")),
     (["code.", "x"], (None, "CODE")),
@@ -70,9 +73,9 @@ def test_written_score(texts, score):
 
 
 def test_what_the_judge_said_instead():
-    texts = ("RE", "REF", " refusal.", "C", "CODE", "Sorry, I", "")
+    texts = ("Re", "REF", " refusal.", "C", "CODE", "Sorry, I", "")
     said = [judge.recognise_word(text) for text in texts]
-    assert said == ["REFUSAL", "REFUSAL", "REFUSAL", "CODE", "CODE", "Sorry, I", ""]
+    assert said == ["Re", "REFUSAL", "REFUSAL", "C", "CODE", "Sorry, I", ""]
 
 
 def test_a_prompt_is_filled_in_one_pass():
