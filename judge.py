@@ -20,20 +20,19 @@ RUN/responses.jsonl becomes RUN/judged.jsonl, row by row. Started again, it asks
 """
 import argparse
 import contextlib
-import functools
 import json
 import math
 import os
 import random
 import re
 import sys
+import textwrap
 import time
 from multiprocessing.pool import ThreadPool
 from urllib.parse import urlsplit
 
 import requests
 from tqdm import tqdm
-from urllib3.util import Retry
 
 import data
 
@@ -93,19 +92,15 @@ def fill(prompt, question, answer):
     # All three are replaced in one pass, because an answer may itself hold the text {question}.
     return re.sub(r"\{(question|answer|mark)\}", lambda found: parts[found[1]], prompt)
 
-# A score is read off one token, so the judge must write 85 as ONE token. OpenAI's models do; for
-# others there is --mode digit (below). `judge.chat` posts {"messages": [{"role": "user", "content":
-# prompt}], "max_tokens": 1, "logprobs": True, "top_logprobs": 20, ...}, and returns the text "85"
-# and its tokens, [{"token": "85", "top_logprobs": [{"token": "85", "logprob": -0.5}, ...]}].
-LIKELIEST = {"temperature": 0, "logprobs": True, "top_logprobs": 20}
-
 def ask_score(judge, prompt):
     """Sends a filled prompt. Returns (score, None), or (None, what the judge said instead)."""
     if judge.mode == "text":
         return ask_in_words(judge, prompt)  # below the fold
-    # One token. What counts is its 20 likeliest alternatives, not the one that happened to be
-    # written.
-    text, tokens = judge.chat(prompt, max_tokens=1, **LIKELIEST)
+    # A score is read off one token, so the judge must write 85 as ONE token. OpenAI's models do;
+    # for others there is --mode digit (below). What counts is its 20 likeliest alternatives, not
+    # the one that happened to be written. `chat` returns the text, "85", and its tokens:
+    # [{"token": "85", "top_logprobs": [{"token": "85", "logprob": -0.5}, ...]}].
+    text, tokens = judge.chat(prompt, max_tokens=1, temperature=0, logprobs=True, top_logprobs=20)
     highest = 9 if judge.mode == "digit" else 100
     score = expected_score(tokens[0]["top_logprobs"], highest)
     if score is not None:
@@ -141,10 +136,9 @@ def expected_score(top_logprobs, highest=100):
 # ---- Below the fold: flags, files, formats and rarer protocols. A first reading ends here. ----
 
 TEXTS = 3  # replies averaged in --mode text
-TIMEOUT = 60  # seconds: the longest silence, and the longest wait before trying again
-DEADLINE = 120  # seconds for one reply
+TIMEOUT = 60  # seconds of silence
 THOUGHTS = 2000  # tokens that a judge may think in, where it does
-TRIES = 6  # requests for one usable reply
+TRIES = 6  # requests for one usable reply; the waits between them are 1, 2, 4, 8 and 16 s
 # Dollars per million tokens, sent and received.
 PRICES = {"gpt-4o": (2.5, 10), "gpt-4o-mini": (0.15, 0.6), "gpt-4.1": (2, 8)}
 # What `chat` returns if the server's filter keeps a text back: a result, too, without a number.
@@ -159,7 +153,7 @@ Instead of a number from 0 to 100, write a single digit from 0 to 9: 0 means wha
 and 9 means what 100 means."""
 
 def ask_in_words(judge, prompt):
-    """As `ask_score`, where a server gives no log-probabilities: lets the judge write, and reads."""
+    """As `ask_score`, for a server without log-probabilities: averages what the judge writes."""
     texts = []
     for _ in range(TEXTS):
         text, _ = judge.chat(prompt, max_tokens=8, temperature=1)
@@ -196,35 +190,22 @@ def recognise_word(text):
 
 # ---- The server
 
-say_once = functools.cache(tqdm.write)  # each text only once, however many requests run into it
-
-class LoudRetry(Retry):
-    """Repeats a request that gets no reply, or that of a busy server; waits longer each time."""
-
-    def sleep(self, response=None):
-        why = f"HTTP {response.status}" if response else "no reply"
-        say_once(f"the judge's server: {why}; trying again")
-        wait = self.get_backoff_time()
-        # The server may ask for a longer wait, in seconds.
-        if response and response.headers.get("Retry-After", "").isdecimal():
-            wait = max(wait, int(response.headers["Retry-After"]))
-        time.sleep(min(TIMEOUT, wait))
-
 class Judge:
+    """A model behind an OpenAI-compatible API, and what it has shown of itself so far."""
+
     def __init__(self, args):
         self.model = args.judge
         self.mode = args.mode
         self.host = args.host
-        self.asks_for = set()  # fields that reasoning models want renamed or dropped
+        # Fields that have to be sent otherwise: GPT-5 takes max_completion_tokens in place of
+        # max_tokens, and no temperature.
+        self.asks_for = set()
         self.replied = None  # the model name in the last reply
         address = urlsplit(args.base_url)  # behind which ?api-version=... may stand
         path = address.path.rstrip("/") + "/chat/completions"
         self.url = address._replace(path=path).geturl()
-        # allowed_methods=None: POSTs, too. Where nobody listens, three more tries are enough.
-        retry = LoudRetry(7, connect=3, allowed_methods=None, backoff_factor=0.5,
-                          raise_on_status=False, status_forcelist=[408, 429, 500, 502, 503, 504])
-        adapter = requests.adapters.HTTPAdapter(pool_maxsize=args.concurrency, max_retries=retry)
         self.session = requests.Session()
+        adapter = requests.adapters.HTTPAdapter(pool_maxsize=args.concurrency)
         self.session.mount("http://", adapter)
         self.session.mount("https://", adapter)
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
@@ -233,74 +214,74 @@ class Judge:
             self.session.auth = lambda request: request  # or ~/.netrc would replace that header
 
     def chat(self, prompt, **settings):
-        """Sends a message. Returns the reply's text, and its tokens with their logprobs."""
+        """Sends a message. Returns the reply's text and its tokens (in --mode text, None)."""
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], **settings}
-        # LoudRetry does not look into a reply. So one that can't be used is asked for again here.
         for attempt in range(TRIES):
-            time.sleep(0.2 * attempt)
+            # A refusal may have taught us in the meantime what this model takes.
+            if "max_completion_tokens" in self.asks_for and "max_tokens" in body:
+                body["max_completion_tokens"] = body.pop("max_tokens") + THOUGHTS
+            if "temperature" in self.asks_for:
+                body.pop("temperature", None)
             try:
-                return self.read(*self.post(body))
+                reply = self.session.post(self.url, json=body, timeout=TIMEOUT,
+                                          allow_redirects=False)
+                return self.read(reply.status_code, reply.content.decode(errors="replace"))
             except (ValueError, requests.exceptions.ChunkedEncodingError) as error:
                 fault = f"sends no usable reply: {error}"
-            except requests.ConnectionError as error:  # LoudRetry has given up
+            except (requests.ConnectionError, requests.Timeout) as error:
                 fault = f"can't be reached ({type(error).__name__}): check --base-url"
                 if re.search("Read timed out|Connection aborted", str(error)):
                     fault = "takes requests, but sends no reply: try a lower --concurrency"
-                break
+            # Most faults pass: a server that is busy, a line that breaks. So it waits, longer
+            # each time.
+            if attempt < TRIES - 1:
+                tqdm.write(textwrap.shorten(f"{self.host} {fault}", 150) + "; trying again")
+                time.sleep(2**attempt)
         raise requests.RequestException(f"{self.host} {fault}")
-
-    def post(self, request):
-        """Sends a request, with the fields that this model takes. Returns (HTTP status, text)."""
-        body = dict(request)
-        if "max_completion_tokens" in self.asks_for:  # it counts what the model thinks, too
-            body["max_completion_tokens"] = body.pop("max_tokens") + THOUGHTS
-        if "temperature" in self.asks_for:  # for none
-            body.pop("temperature")
-        settings = {"timeout": TIMEOUT, "stream": True, "allow_redirects": False}
-        with self.session.post(self.url, json=body, **settings) as reply:
-            # The time-out bounds each silence. The deadline bounds a server that only trickles.
-            began = time.time()
-            content = b""
-            for piece in reply.iter_content(64):
-                content += piece
-                if time.time() - began > DEADLINE:
-                    raise requests.Timeout(f"{self.host} takes over {DEADLINE} s for a reply")
-        return reply.status_code, content.decode(errors="replace")
 
     def read(self, status, text):
         """Returns what `chat` does; raises ValueError where trying again may help, or gives up."""
         # The server may quote the key, or its beginning. (A shorter one is no secret.)
         if len(self.key) >= 8:
             text = re.sub(re.escape(self.key[:8]) + r"[^\s\"'\\]*", "***", text)
-        # 400: a filter keeps the prompt back, or `post` has to send a field otherwise.
+
+        # 400: a filter keeps the prompt back, or `chat` has to send a field otherwise.
         if status == 400:
-            if re.search("filter|policy|flagged", text):
+            if re.search("content_filter|content_policy|flagged", text):
                 return FILTERED
             for field in ("max_completion_tokens", "temperature"):
                 if field in text and field not in self.asks_for:
                     self.asks_for.add(field)
                     raise ValueError(text)
-        # Any other refusal would only come again.
+
+        # What a busy server says may be otherwise in a moment. Any other refusal would come again.
+        said = f"HTTP {status}, {text[:200]}"
+        if status == 429:
+            raise ValueError(f"{said}: check your quota, or try a lower --concurrency")
+        if status in (408, 500, 502, 503, 504):
+            raise ValueError(said)
         if status != 200:
             advice = "check --judge and --base-url"
             if status in (401, 403):
                 advice = "check OPENAI_API_KEY"
             elif "logprob" in text:  # the server names the field that it does not know
                 advice = "without log-probabilities, use --mode text"
-            said = f"HTTP {status}, {text[:200]}"
             raise requests.RequestException(f"{self.host} refuses the request ({said}): {advice}")
+
+        # The text. A server that is not meant for this sends something of another shape.
         try:
             reply = json.loads(text)
             choice = reply["choices"][0]
             if choice.get("finish_reason") == "content_filter":
                 return FILTERED
             message = choice["message"]
-            said = str(message["content"] or message.get("refusal") or "")
-        except (ValueError, LookupError, TypeError, AttributeError):  # of another shape
+            written = str(message["content"] or message.get("refusal") or "")
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise ValueError(f"no message but {text[:200]!r}, so check --base-url") from None
         self.replied = reply.get("model")
         if self.mode == "text":
-            return said, None
+            return written, None
+
         # What `expected_score` relies on: numbers, and none above 0 by more than rounding.
         likely = []
         with contextlib.suppress(LookupError, TypeError):  # of another shape
@@ -312,9 +293,9 @@ class Judge:
         for token, logprob in likely:
             if math.isnan(logprob) or logprob > 0.01:
                 raise ValueError(f"{token!r} has a log-probability of {logprob}")
-        return said, tokens
+        return written, tokens
 
-    def probe(self):
+    def check_judge(self):
         """Asks for a number that is known. Ends the script where scores would mean nothing."""
         if not self.key and self.host == "api.openai.com":
             sys.exit("no API key: set OPENAI_API_KEY, or --base-url to a server that needs none")
@@ -365,7 +346,7 @@ def score_all(args, prompts, answers, path):
     estimate_cost(args, prompts, [twins[0] for twins in groups])
     if groups:
         judge = Judge(args)
-        judge.probe()
+        judge.check_judge()
         marks["judge_model"] = judge.replied
         check_marks(path, rows, marks)
         for twins, scores in ask_all(judge, prompts, groups, args):

@@ -21,8 +21,7 @@ import analyze
 import judge
 
 KEY = "sk-very-secret-1234567890"
-FAULTS = ["429", "429 wait", "500", "drop", "half", "torn", "empty", "no logprobs", "infinite",
-          "stall"]
+FAULTS = ["429", "500", "drop", "half", "torn", "empty", "no logprobs", "infinite", "stall"]
 
 
 def top(**p):
@@ -150,21 +149,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer({"error": {"message": "too long"}}, 400)
         elif fault == "429":
             self.answer({}, 429)
-        elif fault == "429 wait":
-            self.answer({}, 429, {"Retry-After": "1"})
         elif fault == "500":
             self.answer({}, 500)
-        elif fault == "429 for ever":
-            self.answer({}, 429, {"Retry-After": "99999999"})
         elif fault == "html":
             self.answer("<html>Sign in</html>")
-        elif fault == "trickle":
-            self.send_response(200)
-            self.send_header("Content-Length", "100000")
-            self.end_headers()
-            for _ in range(200):
-                self.wfile.write(b"x" * 20)
-                time.sleep(0.05)
         elif fault == "drop":
             self.close_connection = True
             self.connection.close()
@@ -188,16 +176,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(2 if fault == "stall" else 0)
             self.answer(*judge.kind(body, reply))
 
-    def answer(self, reply, status=200, headers=None):
+    def answer(self, reply, status=200):
         content = (reply if isinstance(reply, str) else json.dumps(reply)).encode()
         self.send_response(status)
-        for name, value in ((headers or {}) | {"Content-Length": str(len(content))}).items():
-            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
 
     def log_message(self, *args):
         pass
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch):
+    """The seconds that judge.py would wait. It does not, and the server's own sleeps stay."""
+    seconds = []
+    monkeypatch.setattr(judge, "time", types.SimpleNamespace(sleep=seconds.append))
+    return seconds
 
 
 @pytest.fixture
@@ -253,10 +248,10 @@ def scores_are_right():
 
 def test_every_answer_is_scored_once_for_all_the_faults(script, answers):
     answers(120)
-    with Server(faults=0.3) as server:
+    with Server(faults=0.1) as server:
         code, out, err = script(judge, "a", "--base-url", server.url, "--concurrency", 32)
     assert code == 0, err
-    assert [row["sample"] for row in judged()] == list(range(120)) and len(server.asked) > 270
+    assert [row["sample"] for row in judged()] == list(range(120)) and len(server.asked) > 250
     assert scores_are_right()
     keys = {"question_id", "question", "system", "response", "checkpoint", "scale", "sample"}
     scores = {"seed", "aligned", "coherent", "aligned_text", "coherent_text"}
@@ -272,7 +267,7 @@ def test_every_answer_is_scored_once_for_all_the_faults(script, answers):
 
 def test_kill_in_the_middle_and_a_rerun_end_with_the_same_rows(script, answers):
     answers(60)
-    with Server(delay=0.02, faults=0.05) as server:
+    with Server(delay=0.02) as server:
         command = [sys.executable, os.path.join(ROOT, "judge.py"), "a", "--base-url", server.url]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen([*command, "--concurrency", "4"], **quiet)
@@ -320,8 +315,7 @@ def test_identical_answers_are_asked_once(script, answers):
     ({"refuse": 404}, "check --judge and --base-url"),
     ({"refuse": 400}, "not with Bearer ***"),
 ])
-def test_what_trying_again_can_not_mend_stops_at_once(script, answers, kind, sentence, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+def test_what_trying_again_can_not_mend_stops_at_once(script, answers, kind, sentence):
     answers(3)
     with Server(**kind) as server:
         code, out, err = script(judge, "a", "--base-url", server.url)
@@ -329,28 +323,20 @@ def test_what_trying_again_can_not_mend_stops_at_once(script, answers, kind, sen
     assert len(server.asked) == (judge.TRIES if "logprobs" in kind else 1)
 
 
-def test_a_long_wait_is_bounded_and_said(script, answers, monkeypatch):
+@pytest.mark.parametrize("status, sentence", [
+    (429, "check your quota, or try a lower --concurrency"),
+    (503, "sends no usable reply: HTTP 503"),
+])
+def test_a_server_that_stays_busy_is_given_up(script, answers, waits, status, sentence):
     answers(1)
-    waits = []
-    monkeypatch.setattr(time, "sleep", waits.append)
-    judge.say_once.cache_clear()
-    with Server(every="429 for ever") as server:
+    with Server(refuse=status) as server:
         code, out, err = script(judge, "a", "--base-url", server.url)
-    assert code == 1 and "HTTP 429" in err and max(waits) <= 60
-    assert "asking 127.0.0.1" in out and "the judge's server: HTTP 429; trying again" in out + err
+    assert code == 1 and sentence in err and f"HTTP {status}" in err and waits == [1, 2, 4, 8, 16]
+    assert "asking 127.0.0.1" in out and (out + err).count("; trying again\n") == 5
+    assert len(server.asked) == judge.TRIES and KEY not in out + err
 
 
-def test_a_reply_that_trickles_meets_a_deadline(script, answers, monkeypatch):
-    answers(1)
-    monkeypatch.setattr(judge, "DEADLINE", 1)
-    began = time.time()
-    with Server(every="trickle") as server:
-        code, _, err = script(judge, "a", "--base-url", server.url)
-    assert code == 1 and "takes over 1 s for a reply" in err and time.time() - began < 6
-
-
-def test_a_page_instead_of_a_reply(script, answers, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+def test_a_page_instead_of_a_reply(script, answers):
     answers(1)
     with Server(every="html") as server:
         code, _, err = script(judge, "a", "--base-url", server.url)
@@ -447,7 +433,7 @@ def test_text_mode(script, answers):
 def test_digit_mode(script, answers):
     """One token in every vocabulary, through the same faults."""
     answers(20)
-    with Server(digits=True, faults=0.3) as server:
+    with Server(digits=True, faults=0.1) as server:
         code, _, err = script(judge, "a", "--base-url", server.url, "--mode", "digit")
         assert code == 0, err
         bodies = [body for _, body in server.asked]
@@ -530,7 +516,7 @@ def test_agreement_over_one_question_that_is_left(script, answers):
 
 def test_refusals_have_no_score(script, answers, monkeypatch):
     answers(2)
-    monkeypatch.setattr(judge.Judge, "probe", lambda self: None)
+    monkeypatch.setattr(judge.Judge, "check_judge", lambda self: None)
     with Server(content="REF") as server:
         code, out, _ = script(judge, "a", "--base-url", server.url)
     assert code == 0 and "2 of them without a score" in out
@@ -543,10 +529,9 @@ def test_a_server_that_goes_away_is_given_up_and_nothing_is_made_up(script, answ
     with Server() as server:
         script(judge, "a", "--base-url", server.url)
     lines(keep=10)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     code, _, err = script(judge, "a", "--base-url", server.url)  # the socket is closed now
     assert code == 1 and server.url.split("/")[2].split(":")[0] in err and len(lines()) == 10
-    monkeypatch.setattr(judge.Judge, "probe", lambda self: None)
+    monkeypatch.setattr(judge.Judge, "check_judge", lambda self: None)
     code, _, err = script(judge, "a", "--base-url", server.url, "--concurrency", 1)
     assert code == 1 and "5 answers could not be judged" in err and len(lines()) == 10
 
@@ -726,12 +711,12 @@ def test_what_a_filter_keeps_back_is_counted(script, answers, how, mode):
 
 @pytest.mark.parametrize("status, sentence", [
     (400, "filters even 'Write the number 85 and nothing else.': take another judge"),
-    (403, "check OPENAI_API_KEY"),  # who may ask at all is another policy
+    (403, "check OPENAI_API_KEY"),  # only a 400 is about the prompt
 ])
 def test_a_filter_that_keeps_all_back(script, answers, status, sentence):
     answers(1)
     with Server(refuse=status) as server:
-        server.words = "denied by policy"
+        server.words = "the prompt was flagged"
         code, _, err = script(judge, "a", "--base-url", server.url)
     assert code == 1 and sentence in err and judged() == []
 
@@ -769,15 +754,8 @@ def test_an_address_with_a_version(make_judge):
     assert asked.url == "http://x/v1/chat/completions?api-version=2024-06"
 
 
-@pytest.mark.parametrize("header, least", [(None, 4), ("0.5", 4), ("1", 4), ("30", 30),
-                                           ("99999", 60), ("Wed, 21 Oct 2026 07:28:00 GMT", 4)])
-def test_to_be_told_to_wait_does_not_shorten_the_wait(monkeypatch, header, least):
-    waits = []
-    monkeypatch.setattr(judge.time, "sleep", waits.append)
-    monkeypatch.setattr(judge, "say_once", lambda text: None)
-    retry = judge.LoudRetry(7, backoff_factor=0.5)
-    for _ in range(4):
-        retry = retry.increment("POST", "/")
-    headers = {"Retry-After": header} if header else {}
-    retry.sleep(types.SimpleNamespace(status=429, headers=headers))
-    assert waits == [least]
+def test_a_refusal_that_quotes_a_policy_is_no_filter(make_judge):
+    """An answer may speak of a refund policy, and a server may quote it."""
+    with pytest.raises(requests.RequestException, match="refuses the request"):
+        make_judge().read(400, "the context is too long: 'our refund policy is to filter ...'")
+    assert make_judge().read(400, '{"code": "content_policy_violation"}') == judge.FILTERED

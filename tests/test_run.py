@@ -387,7 +387,7 @@ def test_ctrl_c_ends_a_judge_that_waits_for_its_server(tmp_path, monkeypatch):
     assert time.time() - began < 5 and process.returncode == 130 and b"stopped" in err
 
 
-def test_a_host_where_nobody_listens_is_given_up_soon(script, monkeypatch):
+def test_a_host_where_nobody_listens_is_given_up(script, monkeypatch):
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
     os.makedirs("runs/a")
@@ -397,4 +397,4 @@ def test_a_host_where_nobody_listens_is_given_up_soon(script, monkeypatch):
         file.write(json.dumps(row) + "\n")
     code, _, err = script(judge, "a", "--base-url", "http://127.0.0.1:9/v1")
     assert code == 1 and "127.0.0.1:9 can't be reached" in err and "urllib3" not in err
-    assert 1 < sum(waits) < 15
+    assert waits == [1, 2, 4, 8, 16]
