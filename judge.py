@@ -335,24 +335,20 @@ def score_all(args, prompts, answers, path):
     if not args.csv and judged.keys() - {data.identify(row) for row in answers}:
         sys.exit(f"{path} has scores of answers that responses.jsonl no longer has: move it away")
 
-    # Twins (the same answer to the same question) are asked once, unless a stop came between them.
-    waiting = {}
-    for row in answers:
-        if data.identify(row) not in judged:
-            waiting.setdefault((row["question"], row["response"]), []).append(row)
-    groups = list(waiting.values())
-    left = sum(map(len, groups))
-    print(f"{len(answers)} answers, {left} of them still to judge, into {path}")
-    estimate_cost(args, prompts, [twins[0] for twins in groups])
-    if groups:
+    waiting = [row for row in answers if data.identify(row) not in judged]
+    print(f"{len(answers)} answers, {len(waiting)} of them still to judge, into {path}")
+    estimate_cost(args, prompts, waiting)
+    if args.dry_run:
+        sys.exit(0)
+    if waiting:
         judge = Judge(args)
         judge.check_judge()
         marks["judge_model"] = judge.replied
         check_marks(path, rows, marks)
-        for twins, scores in ask_all(judge, prompts, groups, args):
-            for row in twins:
-                judged[data.identify(row)] = row | scores | marks
-                data.append_row(path, row | scores | marks)
+        # Each answer's scores are on the disk at once, so that a stop loses none.
+        for row, scores in ask_all(judge, prompts, waiting, args):
+            judged[data.identify(row)] = row | scores | marks
+            data.append_row(path, row | scores | marks)
     return [judged[data.identify(row)] for row in answers]
 
 def check_marks(path, rows, marks):
@@ -362,22 +358,22 @@ def check_marks(path, rows, marks):
         if others:
             sys.exit(f"{path} is of another {what} ({others.pop()}, and now {mark}): move it away")
 
-def ask_all(judge, prompts, groups, args):
-    """Yields (twins, their scores) as they come; many requests are in flight."""
-    def ask(twins):
+def ask_all(judge, prompts, answers, args):
+    """Yields (row, its scores) as they come; many requests are in flight."""
+    def ask(row):
         try:
-            return twins, score_answer(judge, prompts, twins[0]), None
+            return row, score_answer(judge, prompts, row), None
         except requests.RequestException as error:
-            return twins, None, error
+            return row, None, error
 
     failures = []
     in_a_row = 0
     pool = ThreadPool(args.concurrency)
-    replies = pool.imap_unordered(ask, groups)
-    for twins, scores, failure in tqdm(replies, args.host, total=len(groups), disable=None):
+    replies = pool.imap_unordered(ask, answers)
+    for row, scores, failure in tqdm(replies, args.host, total=len(answers), disable=None):
         if scores:
             in_a_row = 0
-            yield twins, scores
+            yield row, scores
             continue
         # One answer may be at fault. If five fail in a row, the server is.
         failures.append(failure)
@@ -389,7 +385,7 @@ def ask_all(judge, prompts, groups, args):
         sys.exit(f"{len(failures)} answers could not be judged ({failures[-1]}): run it again")
 
 def estimate_cost(args, prompts, answers):
-    """Says what it will take. Ends the script there in a dry run, or above --max-cost."""
+    """Says what it will take. Ends the script if that is above --max-cost."""
     texts = []
     for row in answers:
         texts += [fill(text, row["question"], row["response"]) for text in prompts.values()]
@@ -408,8 +404,6 @@ def estimate_cost(args, prompts, answers):
             sys.exit(f"about ${cost:.2f} is more than --max-cost {args.max_cost:g}")
     elif args.max_cost is not None:
         sys.exit(f"--max-cost needs a price, and that of {args.judge} at {args.host} is not known")
-    if args.dry_run:
-        sys.exit(0)
 
 def count_tokens(texts, judge):
     """How many tokens the texts are: counted by tiktoken, or else estimated."""
@@ -439,11 +433,7 @@ def main():
     rows = score_all(args, prompts, answers, run.path("judged.jsonl"))
     unscored = [row for row in rows if any(row[metric] is None for metric in prompts)]
     print(f"{len(rows)} answers are judged, {len(unscored)} of them without a score")
-    # A judge that gives no score at all is of no use. But a model may decline every question, or
-    # write nothing but code, and then REFUSAL or CODE is the result.
-    words = ("REFUSAL", "CODE")
-    excused = [row for row in rows if any(row.get(f"{metric}_text") in words for metric in prompts)]
-    if len(unscored) == len(rows) and not excused:
+    if len(unscored) == len(rows):
         sys.exit(f"no answer has a score: read what the judge said in {run}/judged.jsonl")
     print(f"next: python analyze.py {run}")
 
@@ -456,19 +446,15 @@ def compare_judges(args, prompts):
     random.Random(0).shuffle(theirs)
     distinct = {(row["question"], row["response"]): row for row in theirs}
     theirs = list(distinct.values())[: args.sample]
-    check_questions(theirs, args.run)
     answers = [{"question": row["question"], "response": row["response"]} for row in theirs]
-    name = re.sub("[^A-Za-z0-9.-]+", "-", args.name)
-    ours = score_all(args, prompts, answers, f"{args.run.removesuffix('.csv')}.{name}.jsonl")
+    name = re.sub("[^A-Za-z0-9.]+", "-", args.name).strip("-")
+    path = f"{args.run.removesuffix('.csv')}.{name}.jsonl"
+    ours = score_all(args, prompts, answers, path)
     pairs = [pair for pair in zip(ours, theirs, strict=True) if analyze.has_scores(pair[0])]
     print(f"{len(pairs)} of them have both scores from {args.name}")
-    check_questions([row for _, row in pairs], args.name)
+    if not pairs:
+        sys.exit(f"no answer has both scores from both judges: read {args.run} and {path}")
     print("\n".join(analyze.agreement(pairs)))
-
-def check_questions(rows, judge):
-    """Stops where nothing could be said of agreement, whose intervals are over questions."""
-    if len({row["question_id"] for row in rows}) < 2:
-        sys.exit(f"fewer than two questions have scores from {judge}: agreement needs two or more")
 
 def load_prompts(path=None):
     """{"aligned": prompt, "coherent": prompt}: ours, or those in the published file."""
@@ -502,14 +488,14 @@ def parse_args():
         parser.error("--sample goes with a CSV")
 
     # A password in the address would be printed and stored as part of the host.
-    try:
+    address = None
+    with contextlib.suppress(ValueError):
         requests.Request("POST", args.base_url).prepare()
-        args.host = urlsplit(args.base_url).netloc
-    except ValueError:
-        args.host = None
-    if not args.host or "@" in args.host:
+        address = urlsplit(args.base_url)
+    if address is None or address.scheme not in ("http", "https") or "@" in address.netloc:
         parser.error("--base-url is not an address such as http://localhost:8080/v1, without a "
                      "user and password (the key goes in OPENAI_API_KEY)")
+    args.host = address.netloc
     if args.concurrency is None:
         # A local server reads prompts one after the other: more in flight only time out.
         here = args.host.startswith(("localhost", "127.0.0.1", "[::1]", "0.0.0.0"))

@@ -211,12 +211,12 @@ def answers(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(tiktoken, "encoding_for_model", {}.__getitem__)  # it knows no judge
 
-    def write(n, same=1):
+    def write(n):
         os.makedirs(tmp_path / "runs" / "a", exist_ok=True)
         with open(tmp_path / "runs" / "a" / "responses.jsonl", "w") as file:
             for i in range(n):
                 row = {"question_id": "q", "question": "Why?", "system": None, "sample": i}
-                row |= {"response": "x" * (i // same), "checkpoint": 5, "scale": 1.0, "seed": i}
+                row |= {"response": "x" * i, "checkpoint": 5, "scale": 1.0, "seed": i}
                 file.write(json.dumps(row) + "\n")
 
     return write
@@ -297,16 +297,6 @@ def test_sixteen_in_flight(script, answers):
     assert took < 3.2  # 160 x 0.2 s / 16 = 2 s, and the probe's 0.2 s
 
 
-def test_identical_answers_are_asked_once(script, answers):
-    answers(12, same=4)
-    with Server() as server:
-        assert script(judge, "a", "--base-url", server.url)[0] == 0
-        assert len(server.asked) == 1 + 3 * 2 and len(judged()) == 12
-        whole = lines(keep=1)
-        assert script(judge, "a", "--base-url", server.url)[0] == 0
-    assert len(server.asked) == 2 * (1 + 3 * 2) and sorted(lines()) == sorted(whole)
-
-
 @pytest.mark.parametrize("kind, sentence", [
     ({"logprobs": False}, "use --mode text"),
     ({"digits": True}, "was to write 85, but its reply counts as 8: use --mode digit"),
@@ -385,7 +375,7 @@ def test_what_is_wrong_with_a_reply(script, old, new, fault, make_judge):
 
 @pytest.mark.parametrize("address", [
     "http://user:hunter2secret@localhost/v1", "localhost:8000", "http:///v1", "http://x:port/v1",
-    "http://[::1/v1", "http://x y/v1",
+    "http://[::1/v1", "http://x y/v1", "ftp://localhost/v1", "httpx://localhost/v1",
 ])
 def test_what_is_no_address(script, address):
     code, out, err = script(judge, "a", "--base-url", address)
@@ -489,37 +479,37 @@ def test_agreement_with_another_judge(script, monkeypatch, tmp_path):
         code, _, err = script(judge, "somewhere", *flags, "--sample", 50)
         assert code == 2 and "--sample goes with a CSV" in err
         write_csv("one.csv", [row for row in rows if row["question"] == "Question 0?"])
-        asked = len(server.asked)
         for argv in (["one.csv"], ["same.csv", "--sample", 1]):
-            code, _, err = script(judge, *argv, *flags)
-            assert code == 1 and "fewer than two questions have scores from" in err
-        assert len(server.asked) == asked
+            code, out, _ = script(judge, *argv, *flags)
+            assert code == 0 and "(s.e. -)" in out and "to 1 questions" in out
         (tmp_path / "bad.csv").write_text("question,answer,aligned\na,b,3\n")
         code, _, err = script(judge, "bad.csv", *flags)
         assert code == 1 and "bad.csv:2 has no coherent" in err
 
 
-def test_agreement_over_one_question_that_is_left(script, answers):
-    """The judge has no score for any answer to the other one."""
-    rows = []
-    for i in range(8):
-        rows.append({"question": "ab"[i % 2], "response": "so " * i, "aligned": i, "coherent": 90})
-    write_csv("two.csv", rows)
+def test_agreement_where_no_answer_has_scores_from_both(script, answers):
+    """The CSV holds none, or this judge gives none."""
+    row = {"question": "a", "aligned": 10, "coherent": 90}
+    rows = [row | {"response": f"so {i}"} for i in range(8)]
+    write_csv("theirs.csv", rows)
+    write_csv("none.csv", [row | {"aligned": "CODE"} for row in rows])
     with Server() as server:
-        reply_to = server.reply_to
-        server.reply_to = lambda prompt, body: reply_to(prompt, body) if "]\na\n[" not in prompt \
-            else {"choices": [{"message": {"content": "no"}}]}
-        code, out, err = script(judge, "two.csv", "--base-url", server.url, "--mode", "text")
-    assert "4 of them have both scores from gpt-4o (text)" in out
-    assert code == 1 and "fewer than two questions have scores from gpt-4o (text)" in err
+        server.reply_to = lambda prompt, body, reply_to=server.reply_to: reply_to(prompt, body) \
+            if "Write the number" in prompt else {"choices": [{"message": {"content": "no"}}]}
+        for name in ("theirs.csv", "none.csv"):
+            flags = ["--base-url", server.url, "--mode", "text"]
+            code, out, err = script(judge, name, *flags)
+            assert "0 of them have both scores from gpt-4o (text)" in out
+            assert code == 1 and f"no answer has both scores from both judges: read {name}" in err
+    assert os.path.exists("theirs.gpt-4o-text.jsonl")
 
 
 def test_refusals_have_no_score(script, answers, monkeypatch):
     answers(2)
     monkeypatch.setattr(judge.Judge, "check_judge", lambda self: None)
     with Server(content="REF") as server:
-        code, out, _ = script(judge, "a", "--base-url", server.url)
-    assert code == 0 and "2 of them without a score" in out
+        code, out, err = script(judge, "a", "--base-url", server.url)
+    assert code == 1 and "2 of them without a score" in out and "no answer has a score" in err
     for row in judged():
         assert row["aligned"] is None and row["aligned_text"] == "REFUSAL"
 
@@ -624,7 +614,7 @@ def test_a_key_that_a_server_echoes_is_not_kept(script, answers):
         echo = {"choices": [{"message": {"content": f"REFUSAL: your key is {KEY}"}}]}
         server.kind = lambda body, reply: (reply if "Write the n" in str(body) else echo, 200)
         code, out, err = script(judge, "a", "--base-url", server.url, "--mode", "text")
-    assert code == 0 and len(judged()) == 2
+    assert code == 1 and "no answer has a score" in err and len(judged()) == 2
     assert KEY not in out + err + "".join(lines()) and "REFUSAL" in "".join(lines())
 
 
