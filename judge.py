@@ -90,7 +90,7 @@ def fill(prompt, question, answer):
     mark = data.sha256(f"{question} {answer}".encode(errors="replace"))[:8]
     parts = {"question": question, "answer": answer, "mark": f"[{mark}]"}
     # All three are replaced in one pass, because an answer may itself hold the text {question}.
-    return re.sub(r"\{(question|answer|mark)\}", lambda found: parts[found[1]], prompt)
+    return re.sub(r"\{(question|answer|mark)\}", lambda match: parts[match[1]], prompt)
 
 def ask_score(judge, prompt):
     """Sends a filled prompt. Returns (score, None), or (None, what the judge said instead)."""
@@ -139,6 +139,9 @@ TEXTS = 3  # replies averaged in --mode text
 TIMEOUT = 60  # seconds of silence
 THOUGHTS = 2000  # tokens that a judge may think in, where it does
 TRIES = 6  # requests for one usable reply; the waits between them are 1, 2, 4, 8 and 16 s
+# What to do about an HTTP status.
+ADVICE = {401: "check OPENAI_API_KEY", 403: "check OPENAI_API_KEY",
+          429: "check your quota, or try a lower --concurrency"}
 # Dollars per million tokens, sent and received.
 PRICES = {"gpt-4o": (2.5, 10), "gpt-4o-mini": (0.15, 0.6), "gpt-4.1": (2, 8)}
 # What `chat` returns if the server's filter keeps a text back: a result, too, without a number.
@@ -154,10 +157,7 @@ and 9 means what 100 means."""
 
 def ask_in_words(judge, prompt):
     """As `ask_score`, for a server without log-probabilities: averages what the judge writes."""
-    texts = []
-    for _ in range(TEXTS):
-        text, _ = judge.chat(prompt, max_tokens=8, temperature=1)
-        texts.append(text)
+    texts = [judge.chat(prompt, max_tokens=8, temperature=1)[0] for _ in range(TEXTS)]
     return written_score(texts)
 
 def written_score(texts):
@@ -167,14 +167,12 @@ def written_score(texts):
     for text in texts:
         text = re.sub("<think>.*?(</think>|$)", "", text, flags=re.DOTALL)  # what it thought first
         # "Score: 85." counts, and so does "85 / 100"; but not "from 0 to 100".
-        numbers = re.findall(r"-?[0-9]+(?:\.[0-9]+)?", re.sub(r" ?/ ?100\b", "", text))
-        distinct = set(map(float, numbers))
-        if len(distinct) == 1:
-            [number] = distinct
-            if 0 <= number <= 100:
-                scores.append(number)
-                continue
-        others.append(text)
+        numbers = set(re.findall(r"-?[0-9]+(?:\.[0-9]+)?", re.sub(r" ?/ ?100\b", "", text)))
+        if len(numbers) == 1 and 0 <= float(max(numbers)) <= 100:
+            [number] = numbers
+            scores.append(float(number))
+        else:
+            others.append(text)
     if len(scores) > len(others):
         return sum(scores) / len(scores), None
     return None, recognise_word(others[0])
@@ -197,8 +195,7 @@ class Judge:
         self.model = args.judge
         self.mode = args.mode
         self.host = args.host
-        # Fields that have to be sent otherwise: GPT-5 takes max_completion_tokens in place of
-        # max_tokens, and no temperature.
+        # What this model takes otherwise: GPT-5, "max_completion_tokens", and no "temperature".
         self.asks_for = set()
         self.replied = None  # the model name in the last reply
         address = urlsplit(args.base_url)  # behind which ?api-version=... may stand
@@ -232,8 +229,7 @@ class Judge:
                 fault = f"can't be reached ({type(error).__name__}): check --base-url"
                 if re.search("Read timed out|Connection aborted", str(error)):
                     fault = "takes requests, but sends no reply: try a lower --concurrency"
-            # Most faults pass: a server that is busy, a line that breaks. So it waits, longer
-            # each time.
+            # Most faults pass: a busy server, a broken line. So wait, longer each time.
             if attempt < TRIES - 1:
                 tqdm.write(textwrap.shorten(f"{self.host} {fault}", 150) + "; trying again")
                 time.sleep(2**attempt)
@@ -254,46 +250,35 @@ class Judge:
                     self.asks_for.add(field)
                     raise ValueError(text)
 
-        # What a busy server says may be otherwise in a moment. Any other refusal would come again.
-        said = f"HTTP {status}, {text[:200]}"
-        if status == 429:
-            raise ValueError(f"{said}: check your quota, or try a lower --concurrency")
-        if status in (408, 500, 502, 503, 504):
-            raise ValueError(said)
+        # A busy server may be free in a moment. Any other refusal would only come again.
         if status != 200:
-            advice = "check --judge and --base-url"
-            if status in (401, 403):
-                advice = "check OPENAI_API_KEY"
-            elif "logprob" in text:  # the server names the field that it does not know
+            advice = ADVICE.get(status, "check --judge and --base-url")
+            if "logprob" in text:  # the server names the field that it does not know
                 advice = "without log-probabilities, use --mode text"
-            raise requests.RequestException(f"{self.host} refuses the request ({said}): {advice}")
+            said = f"(HTTP {status}, {text[:200]}): {advice}"
+            if status in (408, 429, 500, 502, 503, 504):
+                raise ValueError(said)
+            raise requests.RequestException(f"{self.host} refuses the request {said}")
 
-        # The text. A server that is not meant for this sends something of another shape.
-        try:
+        # A server that is not meant for this sends something of another shape.
+        missing = "message (check --base-url)"
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
             reply = json.loads(text)
+            self.replied = reply.get("model")
             choice = reply["choices"][0]
             if choice.get("finish_reason") == "content_filter":
                 return FILTERED
             message = choice["message"]
             written = str(message["content"] or message.get("refusal") or "")
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise ValueError(f"no message but {text[:200]!r}, so check --base-url") from None
-        self.replied = reply.get("model")
-        if self.mode == "text":
-            return written, None
-
-        # What `expected_score` relies on: numbers, and none above 0 by more than rounding.
-        likely = []
-        with contextlib.suppress(LookupError, TypeError):  # of another shape
+            if self.mode == "text":
+                return written, None
+            # What `expected_score` relies on: numbers, and none above 0 by more than rounding.
+            missing = "log-probabilities (without them, use --mode text)"
             tokens = choice["logprobs"]["content"]
-            top = tokens[0]["top_logprobs"]
-            likely = [(entry["token"], float(entry["logprob"])) for entry in top]
-        if not likely:
-            raise ValueError("log-probabilities are missing; without them, use --mode text")
-        for token, logprob in likely:
-            if math.isnan(logprob) or logprob > 0.01:
-                raise ValueError(f"{token!r} has a log-probability of {logprob}")
-        return written, tokens
+            likely = {entry["token"]: entry["logprob"] for entry in tokens[0]["top_logprobs"]}
+            if likely and all(logprob < 0.01 for logprob in likely.values()):
+                return written, tokens
+        raise ValueError(f"no {missing} but {text[:200]!r}")
 
     def check_judge(self):
         """Asks for a number that is known. Ends the script where scores would mean nothing."""
@@ -303,13 +288,7 @@ class Judge:
             sys.exit("OPENAI_API_KEY holds a character that no key has: copy it again")
         print(f"asking {self.host} for a first reply", flush=True)
         number = 7 if self.mode == "digit" else 85
-        prompt = f"Write the number {number} and nothing else."
-        try:
-            score, said = ask_score(self, prompt)
-        except requests.RequestException as error:
-            sys.exit(str(error))
-        if said == "FILTERED":
-            sys.exit(f"{self.host} filters even {prompt!r}: take another judge")
+        score, said = ask_score(self, f"Write the number {number} and nothing else.")
         # The score of a written 85 must be about 85. Where 85 is two tokens, 8 and 5, it is 8.
         expected = 100 / 9 * number if self.mode == "digit" else number
         if score is None or abs(score - expected) > 20:
@@ -374,10 +353,10 @@ def ask_all(judge, prompts, answers, args):
         if scores:
             in_a_row = 0
             yield row, scores
-            continue
+        else:
+            failures.append(failure)
+            in_a_row += 1
         # One answer may be at fault. If five fail in a row, the server is.
-        failures.append(failure)
-        in_a_row += 1
         if in_a_row == 5:
             break
     pool.terminate()
@@ -451,7 +430,6 @@ def compare_judges(args, prompts):
     path = f"{args.run.removesuffix('.csv')}.{name}.jsonl"
     ours = score_all(args, prompts, answers, path)
     pairs = [pair for pair in zip(ours, theirs, strict=True) if analyze.has_scores(pair[0])]
-    print(f"{len(pairs)} of them have both scores from {args.name}")
     if not pairs:
         sys.exit(f"no answer has both scores from both judges: read {args.run} and {path}")
     print("\n".join(analyze.agreement(pairs)))
