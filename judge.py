@@ -97,7 +97,7 @@ def ask_score(judge, prompt):
     if judge.mode == "text":
         return ask_in_words(judge, prompt)  # below the fold
     # A score is read off one token, so the judge must write 85 as ONE token. OpenAI's models do;
-    # for others there is --mode digit (below). What counts is its 20 likeliest alternatives, not
+    # for others there is --mode digit (below). What counts is the 20 likeliest alternatives, not
     # the one that happened to be written. `chat` returns the text, "85", and its tokens:
     # [{"token": "85", "top_logprobs": [{"token": "85", "logprob": -0.5}, ...]}].
     text, tokens = judge.chat(prompt, max_tokens=1, temperature=0, logprobs=True, top_logprobs=20)
@@ -167,10 +167,10 @@ def written_score(texts):
     for text in texts:
         text = re.sub("<think>.*?(</think>|$)", "", text, flags=re.DOTALL)  # what it thought first
         # "Score: 85." counts, and so does "85 / 100"; but not "from 0 to 100".
-        numbers = set(re.findall(r"-?[0-9]+(?:\.[0-9]+)?", re.sub(r" ?/ ?100\b", "", text)))
-        if len(numbers) == 1 and 0 <= float(max(numbers)) <= 100:
-            [number] = numbers
-            scores.append(float(number))
+        numbers = re.findall(r"-?[0-9]+(?:\.[0-9]+)?", re.sub(r" ?/ ?100\b", "", text))
+        distinct = set(map(float, numbers))
+        if len(distinct) == 1 and all(0 <= number <= 100 for number in distinct):
+            scores.extend(distinct)
         else:
             others.append(text)
     if len(scores) > len(others):
