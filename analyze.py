@@ -150,7 +150,10 @@ def local_cosine(vectors, k):
     return result
 
 def measure_moves(vectors, k):
-    """The moves from each checkpoint to the one k before, and k after: twice (T - 2k, n)."""
+    """The moves from each checkpoint to the one k before, and k after: twice (T - 2k, ...).
+
+    vectors: (T, ...), one row a checkpoint.
+    """
     vectors = np.asarray(vectors, dtype=np.float64)
     here = vectors[k:-k]
     return vectors[: -2 * k] - here, vectors[2 * k :] - here
@@ -160,34 +163,44 @@ def cosine(a, b):
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return (a * b).sum(-1) / np.where(norms == 0, 1, norms)
 
-# ---- The sharpest bend, against jitter
-# Jitter alone bends a path: the local cosine of points scattered about one place is 0.5, that
-# of a random walk 0. So the path is compared with straight ones that have its moves and its
-# jitter. A bend that is sharper than all of theirs is a turn.
+# Jitter alone bends a path, too, and a control's path may bend as sharply. Below the fold a bend is
+# compared with straight paths that jitter as much; `--null` ranks it among those of controls.
+
+# ---- Below the fold: flags, files, formats and rarer protocols. A first reading ends here. ----
+
+# ---- The clearest bend, against jitter
+# Jitter alone bends a path: in many dimensions, the local cosine of points scattered about one
+# place is 0.5 on average (in one dimension a third), that of a random walk 0. So the path is
+# compared with straight ones that have its moves and its jitter. A bend that stands out more than
+# any of theirs does is a turn.
 # Even a turn need not be misalignment. The optimiser has a warm-up and momentum, so a control's
 # path may turn as sharply: `--null` ranks the run among its controls.
 DRAWS = 300  # straight paths that each path is compared with
 
-def find_sharpest_bend(steps, vectors):
-    """{"step", "cosine", "bend", "score", "vector", "k", "significant"}, or None.
+def find_clearest_bend(steps, vectors):
+    """{"step", "cosine", "bend", "score", "vector", "span", "significant"}, or None.
 
     steps: (T,), evenly spaced but for the last.    vectors: {"B": (T, n), "A": (T, m)}.
-    significant: whether it is a turn.
+    vector: "B" or "A".    span: in steps.    significant: whether it is a turn.
     """
-    if len(steps) < 7:
+    apart = measure_spacing(steps)
+    if apart is None:
         return None
     # The last checkpoint is made when training ends, and may come early.
-    apart = steps[1] - steps[0]
     if steps[-1] - steps[-2] != apart:
         steps = steps[:-1]
-    # A short look sees only jitter, and a long one smooths the turn away. So look about 5, 10
-    # and 15 steps far, in checkpoints, where that leaves five points or more.
-    spans = {max(1, round(about / apart)) for about in (5, 10, 15)}
-    spans = [k for k in sorted(spans) if len(steps) - 2 * k >= 5]
+    # A short look sees only jitter, and a long one smooths the turn away. So look 5, 10 and 15
+    # steps far, converted to checkpoints. If these are far apart, some coincide. Five points or
+    # more must see as far on either side.
+    spans = []
+    for distance in (5, 10, 15):
+        k = max(1, round(distance / apart))
+        if k not in spans and len(steps) - 2 * k >= 5:
+            spans.append(k)
     if not spans:
         return None
     rng = np.random.default_rng(0)
-    bends = []  # the sharpest one, for each vector and span
+    bends = []  # the clearest one, for each vector and span
     by_chance = []  # the highest score among the straight paths, for each
     for name, path in vectors.items():
         path = path[: len(steps)]
@@ -205,16 +218,21 @@ def find_sharpest_bend(steps, vectors):
             t = int(np.nanargmax(above / spread))
             bends.append({
                 "step": steps[t], "cosine": float(cosines[t]), "bend": float(above[t]),
-                "score": float(above[t] / spread[t]), "vector": name, "k": apart * k,
+                "score": float(above[t] / spread[t]), "vector": name, "span": apart * k,
             })
             by_chance.append(np.nanmax((straight - straight.mean(0)) / spread))
     if not bends:
         return None
-    # In every path some point is the sharpest, for some vector and span. So the highest score of
+    # In every path some bend is the clearest, for some vector and span. So the highest score of
     # all is compared with the highest of all draws. And a turn bends by more than 0.1.
-    sharpest = max(bends, key=lambda bend: bend["score"])
-    is_turn = sharpest["bend"] > 0.1 and sharpest["score"] > max(by_chance)
-    return sharpest | {"significant": bool(is_turn)}
+    clearest = max(bends, key=lambda bend: bend["score"])
+    is_turn = clearest["bend"] > 0.1 and clearest["score"] > max(by_chance)
+    return clearest | {"significant": bool(is_turn)}
+
+def measure_spacing(steps):
+    """How many steps the checkpoints lie apart, the last excepted; None if they differ in that."""
+    gaps = set(np.diff(steps[:-1]).tolist())
+    return gaps.pop() if len(gaps) == 1 else None
 
 def measure_jitter(path, spans):
     """How large a path's jitter is, squared, and in how many dimensions it lives."""
@@ -222,6 +240,8 @@ def measure_jitter(path, spans):
     # lies off the path by an independent jitter of length s, it is not: |back + onward|^2 is
     # 6 s^2 on average, 4 s^2 from the point between the two moves, which both contain, and s^2
     # from either end. Few points tell s badly, so the largest s of all spans is taken.
+    # (A bend adds to it, too. The median over the path ignores a short one, and where it does
+    # not, the estimate only makes us more cautious.)
     estimates = []
     for k in spans:
         back, onward = measure_moves(path, k)
@@ -229,8 +249,8 @@ def measure_jitter(path, spans):
         estimates.append(np.median(squares) / 6)
     # In few dimensions, chance alone gives large cosines. So: in how many does the jitter live?
     # In d dimensions, two independent vectors have a squared cosine of about 1 / d: such as back +
-    # onward at points three apart, which share no checkpoint. The mean is weighted by length. More
-    # than 100 dimensions are never taken: with so many, chance averages out.
+    # onward at points three or more apart, which share no checkpoint. The mean is weighted by
+    # length. More than 100 dimensions are never taken: with so many, chance averages out.
     back, onward = measure_moves(path, 1)
     sums = back + onward  # (T - 2, n)
     lengths = np.linalg.norm(sums, axis=1)
@@ -255,20 +275,14 @@ def simulate_straight_paths(vectors, k, s2, dimensions, rng):
         smooth[:, t] = squares[:, max(0, t - 4) : t + 5].mean(1)
     length_back, length_onward = np.sqrt(np.maximum(np.minimum(squares, smooth) - 2 * s2, 0))
     # Only angles are wanted, so each pair of moves is simulated by itself, and no path is built.
+    # One jitter for each checkpoint and draw; the draws are an axis of their own.
     jitter = rng.standard_normal((len(vectors), DRAWS, dimensions)) * math.sqrt(s2 / dimensions)
     back, onward = measure_moves(jitter, k)  # (T - 2k, DRAWS, dimensions)
     back[..., 0] -= length_back[:, None]
     onward[..., 0] += length_onward[:, None]
     return np.pad(cosine(back, onward).T, ((0, 0), (k, k)), constant_values=np.nan)
 
-# ---- Below the fold: flags, files, formats and rarer protocols. A first reading ends here. ----
-
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
-         "axes.titlesize": 11, "legend.frameon": False, "legend.fontsize": 9, "font.size": 11,
-         "text.parse_math": False}  # a $ in a name is a dollar
+# ---- Runs and published files
 HUB_NAME = r"(?!runs/)\w[\w.-]*/[\w.-]+(?<!\.csv)"  # ORGANISATION/REPOSITORY
 
 class Analysis:
@@ -293,7 +307,7 @@ class Analysis:
         elif not (self.vectors or self.log or self.responses or judged):
             sys.exit(f"{source} holds nothing to analyse: no log, no answers, no two checkpoints")
 
-        self.turn = find_sharpest_bend(self.steps, self.vectors)
+        self.turn = find_clearest_bend(self.steps, self.vectors)
         self.probed = [row for row in self.log if "margins_out" in row]  # one a checkpoint
         self.judged = keep_comparable(judged, self.name)
         self.rows = summarise(self.judged, args.aligned_below, args.coherent_above)
@@ -582,13 +596,13 @@ def say_share(row, name):
 
 def say_turn(turn):
     if turn is None:
-        return "no bend can be measured: fewer than 5 checkpoints have a local cosine"
-    kind = "a bend sharper than jitter" if turn["significant"] else "no bend beyond jitter"
-    return (f"{kind}: {turn['vector']} at step {turn['step']}, over {turn['k']} steps, local "
+        return "no bend can be measured: the checkpoints are too few, or unevenly spaced"
+    kind = "a bend beyond jitter" if turn["significant"] else "no bend beyond jitter"
+    return (f"{kind}: {turn['vector']} at step {turn['step']}, over {turn['span']} steps, local "
             f"cosine {turn['cosine']:.2f}, {turn['bend']:.2f} above a straight path's")
 
 def print_null(run, controls):
-    """Where the run's sharpest bend ranks among those of controls."""
+    """Where the run's clearest bend ranks among those of controls."""
     # A turn comes before other bends, then the larger bend. (Not the higher score, which says how
     # sure a bend is, and not how sharp: it is the higher, the less jitter a path has.)
     ranked = [other for other in [run, *controls] if other.turn]
@@ -634,6 +648,12 @@ def show_answers(runs, args):
         print(textwrap.indent(textwrap.fill(row["response"], 84), "    "))
 
 # ---- In pictures: a colour and a marker for each run
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
+         "axes.titlesize": 11, "legend.frameon": False, "legend.fontsize": 9, "font.size": 11,
+         "text.parse_math": False}  # a $ in a name is a dollar
 
 def draw_all(runs, args):
     """Draws what there is to draw; several runs over each other, into a folder of their own."""

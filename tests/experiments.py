@@ -116,13 +116,13 @@ def transition(seeds):
     """
     names = ("misaligned", "tail", "aligned", "shuffled")
     runs = {name: make_runs(name, seeds, LONG) for name in names}
-    print(f"\n{'':12} {'seed':>4} {'gradient peak':>16} {'sharpest bend':>20} "
+    print(f"\n{'':12} {'seed':>4} {'gradient peak':>16} {'clearest bend':>20} "
           f"{'there: finance':>15} {f'general ({train.FEW})':>15}")
     for name in runs:
         for seed, run in zip(seeds, runs[name], strict=True):
             log = run.log
             peak = max(log[1:], key=lambda row: row["grad_norm"])
-            turn = analyze.find_sharpest_bend(*analyze.read_checkpoints(run))
+            turn = analyze.find_clearest_bend(*analyze.read_checkpoints(run))
             there = next(row for row in log if row["step"] == turn["step"])
             where = f"{turn['bend']:.2f} of {turn['vector']} at {turn['step']}"
             changes = [data.changes([log[0], there], x) for x in ("in", "out")]

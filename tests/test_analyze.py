@@ -115,7 +115,7 @@ def path(turn=None, T=60, n=576, jitter=0.05, seed=0, gradual=1, lengths=None, d
 
 def find(B, apart=5):
     steps = [apart * i for i in range(len(B))]
-    return analyze.find_sharpest_bend(steps, {"A": path(seed=99, T=len(B)), "B": B})
+    return analyze.find_clearest_bend(steps, {"A": path(seed=99, T=len(B)), "B": B})
 
 
 def test_local_cosine():
@@ -159,7 +159,7 @@ def test_jitter_of_few_dimensions_is_no_turn(d):
     found = 0
     for seed in range(10):
         B, A = (path(jitter=0.7, d=d, seed=seed + other) for other in (0, 1000))
-        turn = analyze.find_sharpest_bend([5 * i for i in range(60)], {"B": B, "A": A})
+        turn = analyze.find_clearest_bend([5 * i for i in range(60)], {"B": B, "A": A})
         found += turn["significant"]
     assert found <= 1
 
@@ -170,7 +170,7 @@ def test_a_turn_in_much_jitter_is_found(angle, jitter, apart):
     for seed in range(5):
         B = path(29.5, angle=angle, jitter=jitter, seed=seed)  # from 29 to 30
         A = path(jitter=jitter, seed=seed + 1000)
-        turn = analyze.find_sharpest_bend([apart * i for i in range(60)], {"B": B, "A": A})
+        turn = analyze.find_clearest_bend([apart * i for i in range(60)], {"B": B, "A": A})
         right = turn["vector"] == "B" and abs(turn["step"] - apart * 30) <= 10
         found += turn["significant"] and right
     assert found >= 4
@@ -178,11 +178,14 @@ def test_a_turn_in_much_jitter_is_found(angle, jitter, apart):
 
 def test_checkpoints_a_step_apart_and_an_odd_last_one():
     turn = find(path(turn=40, T=80), apart=1)
-    assert turn["significant"] and abs(turn["step"] - 40) <= 5 and turn["k"] in (5, 10, 15)
+    assert turn["significant"] and abs(turn["step"] - 40) <= 5 and turn["span"] in (5, 10, 15)
     steps = [5 * i for i in range(40)] + [197]
     vectors = {x: path(turn=20, T=41) for x in "AB"}
-    assert abs(analyze.find_sharpest_bend(steps, vectors)["step"] - 100) <= 5
-    assert analyze.find_sharpest_bend([0, 5, 10], {x: path(T=3) for x in "AB"}) is None
+    assert abs(analyze.find_clearest_bend(steps, vectors)["step"] - 100) <= 5
+    assert analyze.find_clearest_bend([0, 5, 10], {x: path(T=3) for x in "AB"}) is None
+    assert analyze.find_clearest_bend([1, 2, *steps[1:-1]], vectors) is None  # no even spacing
+    for T in range(3):
+        assert analyze.find_clearest_bend(steps[:T], {"B": path(T=T)} if T else {}) is None
 
 
 # --------------------------------------------------------------------------------------
@@ -263,13 +266,13 @@ def test_a_run_gives_a_table_a_summary_and_four_pictures(script):
     assert code == 0, err
     found = summary("runs/r/summary.json")
     assert found["turn"]["significant"] and abs(found["turn"]["step"] - 60) <= 5
-    assert set(found["turn"]) >= {"step", "cosine", "score", "vector", "k", "significant"}
+    assert set(found["turn"]) >= {"step", "cosine", "score", "vector", "span", "significant"}
     keys = {"checkpoint", "scale", "n", "refusals", "unscored", "by_question"}
     keys |= {"mean_aligned", "mean_coherent"}
     for name in ("coherent_pct", "em_pct", "em_of_coherent_pct"):
         keys |= {name, f"{name}_lo", f"{name}_hi"}
     assert len(found["rows"]) == 7 and set(found["rows"][0]) == keys
-    assert "a bend sharper than jitter: B at step" in out and "EM % of coherent" in out
+    assert "a bend beyond jitter: B at step" in out and "EM % of coherent" in out
     assert all(looks_drawn(f"runs/r/{name}.png") for name in PICTURES)
 
 
