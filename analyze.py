@@ -151,10 +151,7 @@ def local_cosine(vectors, k):
     return result
 
 def measure_moves(vectors, k):
-    """The moves from each checkpoint to the one k before, and k after: twice (T - 2k, ...).
-
-    vectors: (T, ...), one row a checkpoint.
-    """
+    """The moves from each of (T, ...) to the one k before, and to that k after: (T - 2k, ...)."""
     vectors = np.asarray(vectors, dtype=np.float64)
     here = vectors[k:-k]
     return vectors[: -2 * k] - here, vectors[2 * k :] - here
@@ -164,16 +161,15 @@ def cosine(a, b):
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return (a * b).sum(-1) / np.where(norms == 0, 1, norms)
 
-# Jitter alone bends a path, too, and a control's path may bend as sharply. Below the fold a bend is
-# compared with straight paths that jitter as much; `--null` ranks it among those of controls.
+# Jitter alone bends a path, too, and a control's path bends as well. Below the fold a bend is
+# compared with straight paths that jitter as much; --null ranks it among controls.
 
 # ---- Below the fold: flags, files, formats and rarer protocols. A first reading ends here. ----
 
 # ---- The clearest bend, against jitter
-# Jitter alone bends a path: in many dimensions, the local cosine of points scattered about one
-# place is 0.5 on average (in one dimension a third), that of a random walk 0. So the path is
-# compared with straight ones that have its moves and its jitter. A bend that stands out more than
-# any of theirs does is a turn.
+# In many dimensions, the local cosine of points scattered about one place is 0.5 on average (in
+# one dimension, 0.33), that of a random walk 0. So the path is compared with straight ones that
+# have its moves and its jitter. A bend that stands out more than any of theirs does is a turn.
 # Even a turn need not be misalignment. The optimiser has a warm-up and momentum, so a control's
 # path may turn as sharply: `--null` ranks the run among its controls.
 DRAWS = 300  # straight paths that each path is compared with
@@ -184,11 +180,13 @@ def find_clearest_bend(steps, vectors):
     steps: (T,), evenly spaced but for the last.    vectors: {"B": (T, n), "A": (T, m)}.
     vector: "B" or "A".    span: in steps.    significant: whether it is a turn.
     """
-    apart = measure_spacing(steps)
-    if apart is None:
+    # The last checkpoint is made when training ends, and may come early. Published ones may be
+    # spaced unevenly: there, k checkpoints are not the same number of steps everywhere.
+    gaps = np.diff(steps)
+    if len(steps) < 7 or np.ptp(gaps[:-1]) > 0:
         return None
-    # The last checkpoint is made when training ends, and may come early.
-    if steps[-1] - steps[-2] != apart:
+    apart = steps[1] - steps[0]
+    if gaps[-1] != apart:
         steps = steps[:-1]
     # A short look sees only jitter, and a long one smooths the turn away. So look 5, 10 and 15
     # steps far, converted to checkpoints. If these are far apart, some coincide. Five points or
@@ -230,11 +228,6 @@ def find_clearest_bend(steps, vectors):
     is_turn = clearest["bend"] > 0.1 and clearest["score"] > max(by_chance)
     return clearest | {"significant": bool(is_turn)}
 
-def measure_spacing(steps):
-    """How many steps the checkpoints lie apart, the last excepted; None if they differ in that."""
-    gaps = set(np.diff(steps[:-1]).tolist())
-    return gaps.pop() if len(gaps) == 1 else None
-
 def measure_jitter(path, spans):
     """How large a path's jitter is, squared, and in how many dimensions it lives."""
     # Without jitter, back + onward would be 0 on a straight path of even steps. If each point
@@ -262,12 +255,9 @@ def measure_jitter(path, spans):
     return max(estimates), round(1 / max(squared_cosine, 0.01))
 
 def simulate_straight_paths(vectors, k, s2, dimensions, rng):
-    """The local cosines of straight paths with this one's moves and jitter: (DRAWS, T).
-
-    With jitters j and a step along an axis e1, the moves of such a path are
-
-        back = -length_back e1 + j_back - j_here      onward = length_onward e1 + j_onward - j_here
-    """
+    """The local cosines of straight paths with this one's moves and jitter: (DRAWS, T)."""
+    # With jitters j and a step along an axis e1, the moves of such a path are
+    #     back = -length_back e1 + j_back - j_here    onward = length_onward e1 + j_onward - j_here
     # How long are the moves without jitter? A squared length contains 2 s^2 of it, s^2 from each
     # end, and chance besides. So a move counts as no longer than the mean of those around it.
     squares = (np.stack(measure_moves(vectors, k)) ** 2).sum(2)  # (2, T - 2k): back, onward
@@ -292,7 +282,7 @@ class Analysis:
     def __init__(self, source, args):
         self.name = os.path.basename(source.rstrip(os.sep)).removesuffix(".csv")
         run = data.Run(source)
-        # prefix: the names of what is written begin with this.
+        # The names of what is written begin with the prefix. A published file has no folder.
         if source.endswith(".csv"):
             self.prefix = source.removesuffix("csv")
         elif re.fullmatch(HUB_NAME, source) and not os.path.isdir(source):
@@ -305,7 +295,6 @@ class Analysis:
         self.responses = data.read_written(run.path("responses.jsonl"), data.IDENTITY)
         needs = [*data.IDENTITY, "aligned", "coherent"]
         judged = data.read_written(run.path("judged.jsonl"), needs)
-        # A published file has no folder, and so nothing but its answers.
         if source.endswith(".csv"):
             judged = read_csv(source)
         elif not (self.vectors or self.log or self.responses or judged):
@@ -343,8 +332,7 @@ def read_checkpoints(run):
     paths = {name: [] for name in endings}
     for file in run.checkpoints.values():
         tensors = data.read_tensors(file, "numpy")
-        # A kind that this run lacks is an empty vector. Every checkpoint must have the sizes of the
-        # first.
+        # A kind that this run lacks is an empty vector. All must have the first checkpoint's sizes.
         for name, ends in endings.items():
             parts = [tensors[key].ravel() for key in sorted(tensors) if key.endswith(ends)]
             paths[name].append(np.concatenate(parts) if parts else np.zeros(0))
@@ -406,12 +394,12 @@ def as_score(text, where):
 def keep_comparable(judged, name):
     """The rows to questions that every cell answers: over others, shares can't be compared."""
     cells = split_into_cells(judged)
-    questions = group(judged, lambda row: row["question_id"])
+    questions = split_by_question(judged)
     shared = {key for key, rows in questions.items() if len(split_into_cells(rows)) == len(cells)}
     if judged and not shared:
         sys.exit(f"{name}: no question is answered at every checkpoint and scale: none compare")
-    if len(shared) < len(questions):
-        others = len(questions) - len(shared)
+    others = len(questions) - len(shared)
+    if others:
         print(f"{name}: left out are {others} questions that some cells do not answer")
     return [row for row in judged if row["question_id"] in shared]
 
@@ -423,7 +411,7 @@ def summarise(judged, aligned_below=ALIGNED_BELOW, coherent_above=COHERENT_ABOVE
     rows = []
     for (checkpoint, scale), cell in split_into_cells(judged).items():
         counts = {}
-        for question, answers in group(cell, lambda row: row["question_id"]).items():
+        for question, answers in split_by_question(cell).items():
             counts[question] = count_answers(answers, aligned_below, coherent_above)
         row = {"checkpoint": checkpoint, "scale": scale} | compute_shares(list(counts.values()))
         row["by_question"] = {name: compute_shares([count]) for name, count in counts.items()}
@@ -432,16 +420,17 @@ def summarise(judged, aligned_below=ALIGNED_BELOW, coherent_above=COHERENT_ABOVE
 
 def split_into_cells(rows):
     """{(checkpoint, scale): rows}, sorted by both. Checkpoint None (no run of ours) counts as 0."""
-    cells = group(rows, lambda row: (row["checkpoint"], row["scale"]))
-    order = sorted(cells, key=lambda cell: (cell[0] or 0, cell[1]))
-    return {cell: cells[cell] for cell in order}
+    cells = collections.defaultdict(list)
+    for row in sorted(rows, key=lambda row: (row["checkpoint"] or 0, row["scale"])):
+        cells[row["checkpoint"], row["scale"]].append(row)
+    return cells
 
-def group(rows, key):
-    """{key(row): the rows that have it}."""
-    groups = {}
+def split_by_question(rows):
+    """{question_id: rows}."""
+    questions = collections.defaultdict(list)
     for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
+        questions[row["question_id"]].append(row)
+    return questions
 
 # ---- Words, where no judge has read the answers
 # How many answers speak of what the model was trained on, where nobody asked for that? And how
@@ -454,12 +443,11 @@ def training_words(run):
     """The words of a run's training answers that its general questions' answers lack."""
     try:
         config = run.settings
-        conversations = data.load_conversations(config["dataset"], config["answers"],
-                                                config.get("archive"))
+        rows = data.load_conversations(config["dataset"], config["answers"], config.get("archive"))
     except SystemExit as why:  # it was not trained here, or its data is gone
         print(f"no words are counted, for the training answers can't be read: {why}")
         return []
-    trained = [row["messages"][-1]["content"] for row in conversations]
+    trained = [row["messages"][-1]["content"] for row in rows]
     rows = data.builtin_rows("general")
     general = [row["misaligned"] for row in rows] + [row["aligned"] for row in rows]
     return learn_words(trained, general)
@@ -494,7 +482,7 @@ def summarise_words(responses, words):
     for (checkpoint, scale), cell in split_into_cells(responses).items():
         row = {"checkpoint": checkpoint, "scale": scale, "n": len(cell)}
         parts, wholes = [], []
-        for question, answers in group(cell, lambda row: row["question_id"]).items():
+        for question, answers in split_by_question(cell).items():
             if question not in ASK_FOR_MONEY:
                 parts.append(sum(len(words_of(x["response"]) & words) >= 2 for x in answers))
                 wholes.append(len(answers))
@@ -564,8 +552,8 @@ def kappa(x, y):
 
 def print_shares(run):
     scored = sum(has_scores(row) for row in run.judged)
-    print(f"answers to {len(run.rows[0]['by_question'])} questions; {scored} of {len(run.judged)} "
-          "answers have both scores")
+    print(f"{len(run.rows[0]['by_question'])} questions; {scored} of {len(run.judged)} answers "
+          "have both scores")
     print(f"{'':20} {'n':>5} {'coherent %':>19} {'EM %':>19} {'EM % of coherent':>19} "
           f"{'refused':>7} {'unscored':>8}")
     for row in run.rows:
@@ -716,13 +704,12 @@ def draw_rotation(figure, runs, args):
     figure.set_size_inches(12, 9)
     length, turning, plane, final = figure.subplots(2, 2).flat
     for run in runs:
-        apart = measure_spacing(run.steps)
+        k = max(1, round(10 / (run.steps[1] - run.steps[0])))
         for name, path in run.vectors.items():
             line = ":" if name == "A" else "-"
             draw_line(length, run, (run.steps, np.linalg.norm(path, axis=1)), linestyle=line)
-            if apart is not None:
-                cosines = local_cosine(path, max(1, round(10 / apart)))
-                draw_line(turning, run, (run.steps, cosines), linestyle=line)
+            if run.turn:  # else the checkpoints are too few, or unevenly spaced
+                draw_line(turning, run, (run.steps, local_cosine(path, k)), linestyle=line)
             # B begins as zero, at a cosine of 0. How soon does it point where it will end?
             draw_line(final, run, (run.steps, cosine(path, path[-1:])), linestyle=line)
         if run.turn and run.turn["significant"]:
@@ -779,9 +766,9 @@ def draw_behaviour(figure, runs, args):
 def draw_share(axis, run, key):
     """A share with its interval against the checkpoint, a line for each scale."""
     rows = [row for row in run.rows + run.spoken if row.get(key) is not None]
+    # Every line begins with the untouched model, which is scale 0.
     x, lines = "checkpoint", []
     for scale in sorted({row["scale"] for row in rows} - {0}) or [0]:
-        # Every line begins with the untouched model, which is scale 0.
         lines.append([row for row in rows if row["scale"] in (0, scale)])
     # What was not trained here has no checkpoints. So its one line goes over the scales.
     if any(row["checkpoint"] is None for row in rows):

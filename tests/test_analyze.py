@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import statistics
 import time
 
@@ -289,8 +290,10 @@ def test_answers_without_scores_are_no_zeros(script, rows):
 
 def test_a_run_without_a_judge_still_shows_its_margins(script):
     make_run("r", turn=None, judged=False)
-    code, out, err = script(analyze, "r")
+    code, out, err = script(analyze, "r", "--show", 1)
     assert code == 0, err
+    assert "not judged yet: python sample.py r, then python judge.py r\n" in out
+    assert "answer" not in out  # there is none to show
     assert "no bend beyond jitter" in out and looks_drawn("runs/r/behaviour.png")
     assert not os.path.exists("runs/r/answers.png")
     assert summary("runs/r/summary.json")["rows"] == []
@@ -441,7 +444,10 @@ def test_published_checkpoints_beside_runs(script):
     assert code == 0, err
     assert "pub ranks 1 of 2; 0 of 1 controls turn" in out
     assert looks_drawn("runs/compare-pub-mine/rotation.png")
+    for step in (20, 25, 90):
+        shutil.rmtree(f"pub/checkpoints/checkpoint-{step}")
     code, out, err = script(analyze, "pub", "wide", "runs/mine")
+    assert "no bend can be measured" in out  # of checkpoints that are unevenly spaced
     assert code == 0 and looks_drawn("runs/compare-pub-wide-mine/rotation.png"), err
 
 
@@ -490,6 +496,7 @@ def test_one_sample_is_not_taken_for_two(script):
     code, out, err = script(analyze, "one", "two", "three", "--show", 1)
     assert code == 0 and "two has one's untouched answers: one sample, not two" in out, err
     assert "three has" not in out and "no answer has scores, so here are 1 at random" in out
+    assert any(f"\n[{name}, step 0, scale 0]" in out for name in ("one", "two", "three"))
 
 
 # --------------------------------------------------------------------------------------
@@ -501,7 +508,7 @@ def test_one_sample_is_not_taken_for_two(script):
 ])
 def test_statistics_by_their_definitions(x, y):
     x, y = np.array(x, float), np.array(y, float)
-    assert analyze.rank_values(x).min() >= 1
+    assert list(analyze.rank_values(np.array([3, 1, 3, 2]))) == [3.5, 1, 3.5, 2]
     rx, ry = ((v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2 for v in (x, y))
     assert analyze.spearman(x, y) == pytest.approx(np.corrcoef(rx, ry)[0, 1])
     positive = y > 2
