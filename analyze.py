@@ -151,7 +151,7 @@ def local_cosine(vectors, k):
     return result
 
 def measure_moves(vectors, k):
-    """The moves from each of (T, ...) to the one k before, and to that k after: (T - 2k, ...)."""
+    """From each checkpoint of (T, ...), the moves to k before and k after: twice (T - 2k, ...)."""
     vectors = np.asarray(vectors, dtype=np.float64)
     here = vectors[k:-k]
     return vectors[: -2 * k] - here, vectors[2 * k :] - here
