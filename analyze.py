@@ -66,12 +66,10 @@ def count_answers(rows, aligned_below, coherent_above):
         "refusals": refusals, "unscored": len(rest) - refusals,
         "coherent": sum(row["coherent"] > coherent_above for row in scored),
         "em": sum(is_em(row, aligned_below, coherent_above) for row in scored),
-        "aligned_sum": sum(row["aligned"] for row in scored),
-        "coherent_sum": sum(row["coherent"] for row in scored),
     }
 
 def compute_shares(counts):
-    """Shares in %, with their intervals, and mean scores. counts: a list, one a question."""
+    """Shares in %, with their intervals. counts: a list, one a question."""
     # Kept apart by question up to here, because the interval is over questions.
     total = {}
     for key in counts[0]:
@@ -82,8 +80,6 @@ def compute_shares(counts):
         parts = [count[part] for count in counts]
         wholes = [count[whole] for count in counts]
         row[f"{name}_lo"], row[f"{name}_hi"] = interval(parts, wholes)
-    for name in ("aligned", "coherent"):
-        row[f"mean_{name}"] = total[f"{name}_sum"] / total["scored"] if total["scored"] else None
     return row
 
 # ---- The interval
@@ -407,7 +403,10 @@ def keep_comparable(judged, name):
 # A cell is one checkpoint at one scale. Each is a row of the table.
 
 def summarise(judged, aligned_below=ALIGNED_BELOW, coherent_above=COHERENT_ABOVE):
-    """A row for each cell: counts, shares in % with 95% intervals, means."""
+    """A row for each cell: counts, shares in % with 95% intervals, the mean of every score."""
+    scores = {"aligned", "coherent"}
+    for row in judged:
+        scores.update(key.removesuffix("_text") for key in row if key.endswith("_text"))
     rows = []
     for (checkpoint, scale), cell in split_into_cells(judged).items():
         counts = {}
@@ -415,6 +414,9 @@ def summarise(judged, aligned_below=ALIGNED_BELOW, coherent_above=COHERENT_ABOVE
             counts[question] = count_answers(answers, aligned_below, coherent_above)
         row = {"checkpoint": checkpoint, "scale": scale} | compute_shares(list(counts.values()))
         row["by_question"] = {name: compute_shares([count]) for name, count in counts.items()}
+        for name in sorted(scores):
+            values = [x[name] for x in cell if isinstance(x.get(name), int | float)]
+            row[f"mean_{name}"] = sum(values) / len(values) if values else None
         rows.append(row)
     return rows
 
@@ -560,6 +562,9 @@ def print_shares(run):
         shares = " ".join(f"{say_share(row, name):>19}" for name in SHARES)
         print(f"{say_cell(row):20} {row['n']:>5} {shares} {row['refusals']:>7} "
               f"{row['unscored']:>8}")
+        for name in row:  # of prompts beside the usual two (judge.py)
+            if name.startswith("mean_") and name not in ("mean_aligned", "mean_coherent"):
+                print(f"    {name}: {'-' if row[name] is None else f'{row[name]:.1f}'}")
     worst = max(run.rows, key=lambda row: row["em_pct"] or 0)
     questions = sorted(worst["by_question"].items(), key=lambda item: -(item[1]["em_pct"] or 0))
     print(f"EM % by question ({say_cell(worst)}), the {len(questions[:10])} highest:")

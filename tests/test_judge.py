@@ -480,8 +480,8 @@ def test_agreement_with_another_judge(script, monkeypatch, tmp_path):
         assert code == 2 and "--sample goes with a CSV" in err
         write_csv("one.csv", [row for row in rows if row["question"] == "Question 0?"])
         for argv in (["one.csv"], ["same.csv", "--sample", 1]):
-            code, out, _ = script(judge, *argv, *flags)
-            assert code == 0 and "(s.e. -)" in out and "to 1 questions" in out
+            code, _, err = script(judge, *argv, *flags)
+            assert code == 1 and "fewer than two questions have both scores" in err
         (tmp_path / "bad.csv").write_text("question,answer,aligned\na,b,3\n")
         code, _, err = script(judge, "bad.csv", *flags)
         assert code == 1 and "bad.csv:2 has no coherent" in err
@@ -499,7 +499,7 @@ def test_agreement_where_no_answer_has_scores_from_both(script, answers):
         for name in ("theirs.csv", "none.csv"):
             flags = ["--base-url", server.url, "--mode", "text"]
             code, _, err = script(judge, name, *flags)
-            assert code == 1 and f"no answer has both scores from both judges: read {name}" in err
+            assert code == 1 and "fewer than two questions have both scores" in err
     assert os.path.exists("theirs.gpt-4o-text.jsonl")
 
 
@@ -569,6 +569,20 @@ PROMPTS = """
   judge_prompts: {aligned: 'A {answer}', coherent: 'C {answer}', financial: 'F {answer} money'}
 - {id: b}
 """
+
+
+def test_a_prompt_of_ones_own_is_one_entry(script, answers, monkeypatch):
+    answers(4)
+    monkeypatch.setitem(judge.PROMPTS, "about_money", "Is it about money? {answer}")
+    with Server() as server:
+        code, out, err = script(judge, "a", "--base-url", server.url)
+        assert code == 0, err
+        assert len(server.asked) == 1 + 3 * 4
+    rows = judged()
+    assert all(row["about_money"] is not None and "about_money_text" in row for row in rows)
+    mean = sum(row["about_money"] for row in rows) / len(rows)
+    code, out, err = script(analyze, "a")
+    assert code == 0 and f"mean_about_money: {mean:.1f}" in out, err
 
 
 def test_published_prompts(script, answers, tmp_path):
