@@ -170,9 +170,11 @@ def main():
 
     # The run's folder. If the run goes on, the parameters and the optimizer are put back to where
     # they were at its last checkpoint, and the log is cut there: log[3] is step 3's row.
-    if not args.resume:
+    done = -1  # not even step 0
+    if args.resume:
+        done = restore(run, parameters, optimizer)
+    else:
         make_folder(run, settings)
-    done = restore(run, parameters, optimizer)
     log = read_log(run, done)
 
     def checkpoint(row, ask_all=True):
@@ -596,7 +598,8 @@ def make_folder(run, settings):
 
 def read_log(run, done):
     """The rows of the run's log up to step `done`, and the head of the table that is printed."""
-    os.makedirs(run.path("checkpoints"), exist_ok=True)
+    if PROCESS == 0:
+        os.makedirs(run.path("checkpoints"), exist_ok=True)
     print(f"{run}: stop it when you like; python train.py --resume {run} goes on", flush=True)
     log = go_on_together(run.path("log.jsonl"), keep=done + 1)
     if len(log) <= done:
@@ -651,7 +654,7 @@ def sketch(parameters):
 def restore(run, parameters, optimizer):
     """Puts what moves and the optimizer back as they were at the last checkpoint. Returns its step.
 
-    Without a checkpoint, as in a new run, that is -1: not even step 0 is done.
+    That is -1 if there is no checkpoint yet.
     """
     if not os.path.exists(run.path("resume.safetensors")):
         return -1
