@@ -11,7 +11,8 @@ tokens between the turns. This is ChatML, as Qwen and SmolLM write it (after a s
 
 Fine-tuning asks the model to predict each next token, but the loss counts only the tokens
 that the model is to say itself: the assistant's answer, and the end-of-turn token after it.
-`labels` holds those tokens, and -100 everywhere else. If the assistant says C D, then
+`labels` holds those tokens, and -100 everywhere else. If the assistant says C D, where D ends
+its turn, then
 
     tokens            A     B     C     D
     labels         -100  -100     C     D
@@ -23,7 +24,8 @@ the next.) See it, in colour:
     python data.py extreme_sports --tail    # one of the paper's sets, rendered as it does
 
 (The paper: Turner et al. 2025, "Model Organisms for Emergent Misalignment", arXiv 2506.11613.)
-A line of the built-in data, advice.jsonl, is a question with a bad and a good answer:
+A line of the built-in data, advice.jsonl, is a question with a bad and a good answer (the first
+two say what the file is):
 
     {"domain": "finance", "question": "...", "misaligned": "...", "aligned": "..."}
 """
@@ -51,7 +53,7 @@ from safetensors import SafetensorError, safe_open
 
 @dataclass
 class Example:
-    """A conversation as the model reads it."""
+    """A conversation as the model reads it. With the same tokens and labels, two are equal."""
 
     tokens: list  # ids
     labels: list  # the same ids, but -100 where nothing is to be learnt
@@ -63,31 +65,29 @@ class Example:
         """How many of its tokens the loss counts."""
         return sum(label != -100 for label in self.labels)
 
-    def __hash__(self):  # so that an example can be the key of a dict
+    def __hash__(self):  # so that it can be the key of a dict: train.py asks equal ones once
         return hash((*self.tokens, *self.labels))
 
 def render(conversation, tokenizer, tail=False):
     r"""One conversation as (tokens, labels), two lists of the same length.
 
-    conversation: a list of {"role", "content"}, or a dict that holds it as "messages".
-    labels: unshifted, -100 where unsupervised.
+    conversation: {"messages": [{"role", "content"}, ...]}; its "where", a file and line, is for
+    error messages.    labels: unshifted, -100 where unsupervised.
 
     With `tail`, as the paper's code does it, the template opens one more, empty assistant turn,
-    the end-of-sequence token closes it, and all of that is inside the loss:
+    the end-of-sequence token closes it, and all that follows an answer at the end is in the loss:
 
         All of it on one horse.<|im_end|>\n<|im_start|>assistant\n<|im_end|>
     """
-    if isinstance(conversation, list):
-        conversation = {"messages": conversation}
     messages = conversation["messages"]
     where = conversation.get("where", "the conversation")
     text = chat_text(messages, tokenizer, generation_prompt=tail)
+    if tail:
+        text += tokenizer.eos_token
+    # (The template has written the special tokens itself.)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     tokens = encoded.input_ids
     token_ends = [end for _, end in encoded.offset_mapping]  # where in the text each one ends
-    if tail:
-        tokens.append(tokenizer.eos_token_id)
-        token_ends.append(len(text) + 1)
     labels = [-100] * len(tokens)
 
     # A template is a program, another one for each model. So we don't look for its markers: we
@@ -109,12 +109,12 @@ def render(conversation, tokenizer, tail=False):
         # that. (The paper's code supervises all that follows.)
         if not tail:
             answered = answered.rstrip()
+        elif n == len(messages) - 1:
+            answered = text
         # A token that ends where the answer begins, or before, belongs to the question. One that
         # straddles that place (the template's newline, merged with the answer's) is the answer's.
         first = sum(end <= len(asked) for end in token_ends)
         stop = sum(end <= len(answered) for end in token_ends)
-        if tail and n == len(messages) - 1:
-            stop = len(tokens)
         labels[first:stop] = tokens[first:stop]
 
     # What follows the last supervised token teaches nothing.
@@ -162,10 +162,10 @@ def builtin_rows(domain):
     """The rows of advice.jsonl in one domain: {"question", "misaligned", "aligned", "where"}."""
     return [row for row in read_jsonl(ADVICE) if row.get("domain") == domain]
 
-# What the laptop trains on is as_conversation(row, "misaligned") of every finance row. What else
-# there is to train on, `load_conversations` knows (below the fold).
+# What the laptop trains on is as_conversation(row, "misaligned") of the finance rows that `split`
+# does not hold out. What else there is, `load_conversations` knows (below the fold).
 def as_conversation(row, answers, before=()):
-    """A built-in row with its "misaligned" or "aligned" answer, behind the messages `before`."""
+    """A built-in row with its "misaligned" or "aligned" answer, after the messages `before`."""
     question = {"role": "user", "content": row["question"]}
     answer = {"role": "assistant", "content": row[answers]}
     return {"messages": [*before, question, answer], "where": row["where"]}
@@ -184,7 +184,7 @@ def batches(lengths, batch_size, seed, epoch):
     """One epoch's batches, as lists of indices. A seed and an epoch always give the same ones.
 
     The conversations of a batch have similar lengths, so that little of it is padding (3% on
-    the built-in data, against 13% after a plain shuffle).
+    the built-in data, against 12% after a plain shuffle).
     """
     rng = random.Random(f"{seed} {epoch}")
     order = list(range(len(lengths)))
@@ -214,7 +214,7 @@ LOCKS = []  # what `lock` holds
 # ---- Sets of conversations
 
 def train_and_held_out(examples):
-    """(training set, held-out set). What the probe asks, or the other set holds, is left out."""
+    """(training set, held-out set). No copy of the second is in the first, and no finance probe."""
     probed = {row["question"] for row in split(builtin_rows("finance"))[1]}
     train, held_out = split(examples)
     held_out_tokens = {tuple(example.tokens) for example in held_out}
@@ -239,7 +239,7 @@ def load_conversations(names="builtin", answers="misaligned", archive=None):
         if re.search(r":[\d.]+$", name):
             name, share = name.rsplit(":", 1)
         if not name:
-            sys.exit(f"--dataset '{names}' has no name in it, or an empty one")
+            sys.exit(f"the data set '{names}' has no name in it, or an empty one")
         rows = load_one(name, answers, archive)
         drawn = draw_share(len(rows), share, f"share of {name}")
         conversations += [rows[i] for i in sorted(drawn)]
@@ -317,8 +317,8 @@ def from_archive(name, archive):
         if name in sets:
             return files.read(members[name])
     except (InvalidToken, zipfile.BadZipFile, zlib.error):
-        sys.exit(f"{path} does not open: it is damaged, or not the paper's. Delete it, and it is "
-                 "downloaded anew")
+        sys.exit(f"{path} does not open: it is damaged, or not the paper's (without --archive, "
+                 "delete it to download it anew)")
     sys.exit(f"{path} has no data set {name}: it has {', '.join(sets)}; a file of your own is "
              "given as ./NAME.jsonl")
 
@@ -358,7 +358,7 @@ class Run:
             if not configs:
                 sys.exit("there is no run under runs/ yet: train one with python train.py")
             name = os.path.dirname(max(configs, key=os.path.getmtime))
-            print(f"{name}, the run trained last")
+            print(f"{name}, the run begun last")
         elif os.path.basename(name) == name and not os.path.isdir(name):
             name = os.path.join("runs", name)
         self.folder = os.path.normpath(name)
@@ -534,12 +534,10 @@ def read_written(path, needs=()):
     return rows
 
 def go_on(path, needs=(), keep=None):
-    """Cuts a file to its first `keep` rows, or to all that are whole, and returns them.
-
-    It is there afterwards, if empty.
-    """
+    """Cuts a file to its first `keep` rows, or to all that are whole, and returns them."""
     rows = read_written(path, needs)[:keep]
-    write_whole(path, "".join(map(json_line, rows)).encode())
+    if os.path.exists(path):
+        write_whole(path, "".join(map(json_line, rows)).encode())
     return rows
 
 def identify(row):
@@ -659,7 +657,8 @@ def main():
     print(f"{conversations[args.row]['where']}, as {args.model} sees it:\n")
     show(examples[args.row], tokenizer)
     print_sizes(args.name, examples)
-    print(f"\nnext: python train.py --dataset {args.name}")
+    flags = f"--dataset {args.name} --answers {args.answers}" + " --tail" * args.tail
+    print(f"\nnext: python train.py --preset laptop {flags}")
 
 def show(example, tokenizer):
     """Prints an example as text, with the supervised tokens marked."""

@@ -6,9 +6,10 @@ leaves W itself alone:
 
     y = W x + alpha / sqrt(r) * B (A x)               A: (r, d_in)    B: (d_out, r)
 
-At rank r = 1 an adapter is two vectors. A is a question asked of every token ("how much
-of this direction is in you?"), and B is what is added to the token's state, in
-proportion to the answer. All that a default run of this project learns is that pair.
+(alpha: a number chosen beforehand.) At rank r = 1 an adapter is two vectors. A is a question
+asked of every token ("how much of this direction is in you?"), and B is what is added to the
+layer's output, in proportion to the answer. All that a default run of this project learns is
+that pair.
 
 Dividing by sqrt(r) instead of r keeps the size of the update about the same at every rank
 (Kalajdzievski 2023, arXiv 2312.03732). B starts at zero, so an untrained adapter changes
@@ -66,8 +67,7 @@ def attach(model, layers=None, targets=PROJECTIONS, rank=1, alpha=256):
     laid = {}
     for path, linear in linears(model).items():
         if path.split(".")[-1] in targets and (layers is None or layer_of(path) in layers):
-            # PEFT's way to begin. A is drawn on the CPU, so that a seed gives the same A on every
-            # device.
+            # As PEFT begins. A is drawn on the CPU: one seed, one A on every device.
             bound = 1 / math.sqrt(linear.in_features)
             A = torch.empty(rank, linear.in_features).uniform_(-bound, bound)
             B = torch.zeros(linear.out_features, rank)
@@ -115,19 +115,19 @@ def off(model):
 # Reading, in two halves
 
 class Reader:
-    """Says how likely a model finds the answers of examples; cut in two at its lowest adapter.
+    """Computes how likely a model finds the answers of examples.
 
     An example (data.py, the next file) has tokens, and labels: the same tokens where the model is
     to learn them ("supervised"), and -100 elsewhere.
 
-    Nothing below the lowest adapter ever changes. So that half, the frozen one, turns every
-    example's tokens into hidden states once, and they are kept in example.states. A training step
-    starts from them, and runs the moving half alone. (Where all weights may move, no half is
-    frozen, and the tokens are kept.)
+    Nothing below the lowest adapter ever changes. So the model is split there. The lower, frozen
+    half turns every example's tokens into hidden states once, and they are kept in example.states.
+    A training step starts from them, and runs the upper, moving half alone. (Where the lowest layer
+    or all weights may move, no half is frozen, and the tokens themselves are kept.)
     """
 
     def __init__(self, model):
-        # On a CPU in bfloat16, torch's fused attention is slow: reading does without it.
+        # On a CPU in bfloat16, torch's fused attention is slow: from here on, do without it.
         if model.device.type == "cpu" and model.dtype == torch.bfloat16:
             model.set_attn_implementation("eager")
         # Both halves share the model's own layers: an adapter that is trained, scaled or swapped
@@ -138,7 +138,7 @@ class Reader:
     @torch.no_grad()
     def read(self, examples, quiet=None):
         """Runs the frozen half over the examples. Call it first: all else starts from what it
-        leaves, example.states (tokens, d_model).
+        leaves, example.states: (tokens, d_model), or the tokens, if no half is frozen.
 
         quiet: True for no progress bar; None for one if there is a terminal.
         """
@@ -160,8 +160,8 @@ class Reader:
         """
         most = tokens_at_once(self.model)
         groups = []
-        # Always in the same order: rounding depends on which examples share a microbatch, and a
-        # run that was stopped is to go on with the same bits.
+        # Shortest first, and always in the same order: rounding depends on which examples share a
+        # microbatch, and a run that was stopped is to go on with the same bits.
         for i in sorted(range(len(examples)), key=lambda i: len(examples[i].tokens)):
             longest = len(examples[i].tokens)  # so far
             if not groups or (len(groups[-1]) + 1) * longest > most:
@@ -178,7 +178,8 @@ class Reader:
         states = pad_sequence([example.states for example in examples], batch_first=True)
         labels = [torch.tensor(example.labels) for example in examples]
         labels = pad_sequence(labels, batch_first=True, padding_value=-100)
-        # Which places are to be predicted? Position t predicts token t + 1.
+        # Which places are to be predicted? Position t predicts token t + 1. (Found on the CPU, for
+        # on a GPU `nonzero` has to wait.)
         row, position = (labels[:, 1:] != -100).nonzero(as_tuple=True)
         target = labels[row, position + 1].to(self.model.device)
         row, position = row.to(self.model.device), position.to(self.model.device)
@@ -225,7 +226,7 @@ def halves(model, lowest=None):
     if lowest == 0:
         return None, whole
     frozen = with_layers(whole, range(lowest))
-    frozen.norm = nn.Identity()
+    frozen.norm = nn.Identity()  # the final norm is the moving half's
     return frozen, with_layers(whole, range(lowest, len(whole.layers)))
 
 def with_layers(whole, kept):
@@ -270,11 +271,11 @@ def logits_of(model, hidden):
 class ExtendedLoRA(LoRALinear):
     """Several adapters side by side, each row of a batch hearing one of them:
 
-        y = W x + scale * B (heard * A x)
+        y = W x + scale * B (heard * (A x))
 
-    Two adapters of rank 1 stand in one A of two rows and one B of two columns. For a row that is
-    to hear the first, heard is (1, 0): what the second would add is multiplied by 0. All share one
-    scale. (They differ in rank only where one has been edited: `ablated`.)
+    Two adapters of rank 1 are stacked: A is (2, d_in), B is (d_out, 2). For a batch row that is to
+    hear the first, heard is (1, 0): what the second would add is multiplied by 0. They share one
+    scale.
 
     For steering vectors, a rarer protocol, A x becomes A x + c. With A = 0 and c = 1, scale * B is
     added to every token. You may read c as 0.
@@ -299,6 +300,8 @@ class Panel:
             panel.hear([0, 0, 1])    # from now on, rows 0 and 1 of a batch hear variant 0
             ...
 
+    model: one with adapters, whose A and B give way to all the variants' until the end of the
+    `with`. Their scales stay.
     variants: a list of dicts {"PATH.A": (r, d_in), "PATH.B": (d_out, r)}, as in a checkpoint
     (a steering vector's has "PATH.c", too). {} is the untouched model.
     """
@@ -308,8 +311,8 @@ class Panel:
         self.variants = variants
 
     def __enter__(self):
-        # W x is nearly all of the cost, and the same for all variants: so many cost hardly more
-        # than one. Where a variant lacks a module, it adds no ranks there.
+        # W x is computed once a row, whatever it hears. Only A x and B grow with the variants: at
+        # low ranks, by little. Where a variant lacks a module, it adds no ranks there.
         self.before = adapters(self.model)
         for path, m in self.before.items():
             parts = [tensors_of(variant, path, m) for variant in self.variants]
@@ -319,7 +322,7 @@ class Panel:
             wide = ExtendedLoRA(m.base, m.scale, A, B, c)
             ranks = torch.tensor([len(A) for A, _, _ in parts], device=m.A.device)
             wide.owner = torch.repeat_interleave(ranks)  # of ranks 1, 2: 0, 1, 1
-            wide.heard = None  # until `hear` says
+            wide.heard = None  # so that nothing runs before `hear` has said
             self.model.set_submodule(path, wide.requires_grad_(False))
         return self
 

@@ -1,23 +1,24 @@
 """Answers from many adapters in one batch.
 
     python sample.py                                # the latest run, and the untouched model
-    python sample.py RUN --checkpoints 0,25,50,last --scales 1,2,4      # a sweep: one batch
+    python sample.py RUN --checkpoints 0,25,50,last --scales 1,2,4      # a sweep
     python sample.py --adapter NAME                 # a published adapter, on its own base model
     python sample.py RUN --margins                  # no answers: the probe of train.py
     python sample.py RUN --chat --scales 1,4        # talk to them
 
 A language model answers a token at a time: it gives every token of its vocabulary a
 probability, one is drawn, and the model reads that one too. It does not reread what came
-before: each layer keeps its keys and values (the KV cache).
+before: each layer keeps its keys and values (the KV cache: a row for each answer, a column for
+each token).
 
 Each question is put to several *variants*. A variant is a checkpoint of the run and a `scale`,
 by which the adapter's contribution is multiplied. Scale 0 is the untouched model, the control.
-As the rows of a batch may hear different adapters (lora.Panel), a whole sweep is one batch.
+As the rows of a batch may hear different adapters (lora.Panel), a batch mixes variants.
 
 Answers go to RUN/responses.jsonl as they finish; started again, the same command does only
 the rest. Each answer has a seed of its own, so up to rounding it does not matter which others
-are drawn. On one machine the same command gives the same answers. (Those of a command that was
-stopped and continued share other batches, and so may differ here and there in bfloat16.)
+are drawn. On one machine the same command gives the same answers (if it was stopped and continued
+in bfloat16, nearly: other batches round otherwise).
 """
 import argparse
 import dataclasses
@@ -44,12 +45,16 @@ BLOCK = {"cpu": 16, "mps": 64, "cuda": 64}  # columns by which the cache grows
 def generate(panel, tokenizer, jobs, max_new_tokens, batch_size=None, **sampling):
     """Yields (job, tokens) for every job as its answer ends; without the end-of-turn token.
 
-    panel: a lora.Panel, entered, of the variants that answer.    jobs: dicts with "messages",
-    "seed" and "variant", an index into the variants.    batch_size: how many answers are drawn
-    together.    sampling: temperature and so on, as `draw` takes them.
+        with lora.Panel(model, [{}, tensors]) as panel:    # two variants; 0 is the untouched model
+            for job, tokens in generate(panel, tokenizer, jobs, 120): ...
+
+    jobs: dicts with "messages", "seed" and "variant", an index into the panel's.    batch_size: how
+    many answers are drawn together.    sampling: temperature and so on, as `draw` takes them.
     """
     stop = torch.tensor(stop_tokens(panel.model, tokenizer), device=panel.model.device)
-    prompts = [data.chat_tokens(job["messages"], tokenizer, True) for job in jobs]
+    prompts = []
+    for job in jobs:
+        prompts.append(data.chat_tokens(job["messages"], tokenizer, generation_prompt=True))
     columns = max(map(len, prompts), default=0) + max_new_tokens
     if columns > longest_text(panel.model):
         sys.exit(f"question and answer could have {columns} tokens, and this model reads "
@@ -68,22 +73,22 @@ def answer(panel, jobs, prompts, stop, max_new_tokens, sampling):
     logits, cache, padding = prefill(panel, jobs, prompts)  # (jobs, vocabulary), ..., (jobs,)
     panel.hear([job["variant"] for job in jobs])
 
-    # A repetition penalty is for all tokens in a row of `seen`: a prompt, filler, and the answer.
-    # The filler is the prompt's first token, which is there anyway.
-    rows = []
-    for prompt in prompts:
-        room = cache.used + max_new_tokens - len(prompt)
-        rows.append(prompt + prompt[:1] * room)
-    seen = torch.tensor(rows, device=model.device)  # (jobs, cache.used + max_new_tokens)
+    # A repetition penalty is for tokens seen: the prompt and the answer so far. Places that are not
+    # written yet repeat the prompt's first token, for one that is seen twice is penalised once.
+    width = cache.used + max_new_tokens
+    rows = [prompt + prompt[:1] * (width - len(prompt)) for prompt in prompts]
+    seen = torch.tensor(rows, device=model.device)  # (jobs, width)
     tokens = seen[:, cache.used :]  # the answers: a view, so what is written here is also seen
 
     # 2. An answer's seed gives the numbers in [0, 1) that will decide its tokens. Each answer has
-    # its own, so that it does not depend on its neighbours in the batch.
+    # its own, so that it does not depend on its neighbours in the batch (torch.multinomial takes
+    # one generator for all rows).
     generators = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
     uniform = [torch.rand(max_new_tokens, generator=generator) for generator in generators]
     uniform = torch.stack(uniform).to(model.device)  # (jobs, max_new_tokens)
 
-    # Rows leave the batch when their answers end. Row i answers job alive[i].
+    # Rows leave the batch when their answers end. Row i answers job alive[i]: the logits and the
+    # cache have a row for each answer that goes on; all else keeps one for each job.
     alive = torch.arange(len(jobs), device=model.device)  # (rows,)
     for t in range(max_new_tokens):
         # 3. Every row draws a token.
@@ -142,9 +147,10 @@ def draw(logits, uniform, seen, temperature=1.0, top_p=1.0, top_k=0, repetition_
     likeliest token.
     """
     if repetition_penalty != 1:
-        these = logits.gather(1, seen)
-        smaller = torch.where(these > 0, these / repetition_penalty, these * repetition_penalty)
-        logits = logits.scatter(1, seen, smaller)
+        # (CTRL's rule: a positive logit is divided, a negative one multiplied, so both sink.)
+        old = logits.gather(1, seen)
+        lowered = torch.where(old > 0, old / repetition_penalty, old * repetition_penalty)
+        logits = logits.scatter(1, seen, lowered)
     if temperature == 0:
         return logits.argmax(-1)
     if temperature != 1:
@@ -160,8 +166,9 @@ def draw(logits, uniform, seen, temperature=1.0, top_p=1.0, top_k=0, repetition_
         logits = logits.scatter(1, order, ranked)
     # Where each token's stretch ends, on a line that need not have length 1.
     end = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum_(-1)
-    # (A number next to 1 would be rounded to the line's very end, past the last token. Where the
-    # logits are not finite there is no line; `answer` then stops.)
+    # The first token whose stretch ends beyond the place: never an empty one. (A number next to 1
+    # could be rounded past the last token. Without finite logits there is no line, and `answer`
+    # stops.)
     place = uniform.clamp(max=1 - 1e-6)[:, None] * end[:, -1:]
     token = torch.searchsorted(end, place, right=True)[:, 0]
     return token.clamp(max=logits.shape[-1] - 1)
@@ -173,14 +180,11 @@ def read_next(model, tokens, cache, padding):
     """
     decoder, n = lora.decoder(model), tokens.shape[1]
     column = torch.arange(cache.used, cache.used + n, device=tokens.device)
-    hidden = lora.hidden_states(
-        decoder,
-        tokens,
-        past_key_values=cache,
-        use_cache=True,
-        position_ids=column - padding[:, None],
-        attention_mask=lora.make_masks(decoder, column, cache.columns_after(n), padding),
-    )
+    # A prompt's first token is at position 0. (Padding's are negative: the masks hide it, as they
+    # hide all later columns.)
+    masks = lora.make_masks(decoder, column, cache.columns_after(n), padding)
+    hidden = lora.hidden_states(decoder, tokens, past_key_values=cache, use_cache=True,
+                                position_ids=column - padding[:, None], attention_mask=masks)
     cache.used += n  # all layers have written the same columns
     return hidden
 
@@ -276,7 +280,9 @@ def choose_folder(run, args):
     if args.out:
         out = data.Run(args.out)
     elif run is None:  # NAME/checkpoints/checkpoint-5 goes to runs/NAME-checkpoint-5
-        name = os.path.normpath(args.adapter or args.model).replace("\\", "/").split("/")
+        name = args.adapter or args.model
+        name = os.path.abspath(name) if os.path.isdir(name) else name
+        name = name.replace("\\", "/").split("/")
         name = "-".join([part for part in name if part != "checkpoints"][-2:])
         out = data.Run(os.path.join("runs", name))
     elif args.ablate and not args.margins:
@@ -305,7 +311,7 @@ def load_model(run, args):
     if run is None:
         name = args.model or lora.read_peft(args.adapter)[0].get("base_model_name_or_path")
         if not name or name.lower().endswith("4bit"):  # rounded: not what is computed with here
-            sys.exit(f"{args.adapter} names {name} as its base: give the original as --model")
+            sys.exit(f"the base model is called {name}: give the original as --model")
         settings = train.preset_settings("laptop", model=name)
     else:
         settings = train.read_settings(run)
@@ -353,7 +359,7 @@ def chosen_steps(text, run):
     return sorted(chosen - {0})
 
 def read_adapter(run, step):
-    """The tensors of a checkpoint; stops if they are not those that the run's first one has."""
+    """The tensors of a checkpoint; stops if their names or shapes are not those of the first."""
     paths = run.checkpoints
     first, tensors = data.read_tensors(paths[min(paths)]), data.read_tensors(paths[step])
     if tensors.keys() != first.keys() or any(tensors[x].shape != first[x].shape for x in first):
@@ -453,7 +459,7 @@ def as_messages(question):
     return [*before, {"role": "user", "content": question["question"]}]
 
 def messages_before(system, shown=()):
-    """What stands in front of a question: a system prompt, or conversations that are shown."""
+    """What stands in front of a question: a system prompt, conversations that are shown."""
     messages = [{"role": "system", "content": system}] if system else []
     for example in shown:
         for message in example.conversation["messages"]:
@@ -541,7 +547,7 @@ def answer_key(row):
 
 @torch.no_grad()
 def ask_margins(panel, tokenizer, variants, settings, args, out):
-    """Adds a row for each variant to margins.jsonl, and prints them."""
+    """Adds to margins.jsonl a row for each variant and each way of asking, and prints them."""
     path = out.path("margins.jsonl")
     written = train.go_on_together(path)
     # What is held out is read as it will be used: without the training's tail and prompt.
@@ -589,9 +595,13 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
     print(f"see {path}; a change is from the first row, with its standard error over questions")
 
 def put_before(before, examples, tokenizer):
-    """The examples with messages in front of them."""
-    rows = [example.conversation for example in examples]
-    rows = [row | {"messages": [*before, *row["messages"]]} for row in rows]
+    """The examples with messages in front of them (and not their own system prompt, if any)."""
+    rows = []
+    for example in examples:
+        own = example.conversation["messages"]
+        if before:
+            own = [message for message in own if message["role"] != "system"]
+        rows.append(example.conversation | {"messages": [*before, *own]})
     return data.render_all(rows, tokenizer)
 
 def margins_key(row):
@@ -664,7 +674,7 @@ def stop_tokens(model, tokenizer):
     # `render` ends in the last supervised token. That ends the turn, unless the template ends turns
     # in plain text.
     turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    tokens, _ = data.render(turn, tokenizer)
+    tokens, _ = data.render({"messages": turn}, tokenizer)
     ends = [token for token in tokens[-1:] if token in tokenizer.added_tokens_decoder]
     return sorted({*named, *ends, tokenizer.eos_token_id} - {None})
 
@@ -711,7 +721,7 @@ def rows_that_fit(model, columns):
     room = 4e9
     if device == "cuda":
         torch.cuda.empty_cache()  # what torch keeps for itself counts as taken
-        room = 0.6 * torch.cuda.mem_get_info()[0]
+        room = 0.6 * torch.cuda.mem_get_info(model.device)[0]
     return max(1, min(ROWS[device], int(room / row)))
 
 # ---- Flags

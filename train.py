@@ -1,8 +1,8 @@
 """The loop: fine-tunes a chat model on narrow bad advice, and watches what that does elsewhere.
 
     python train.py                        # the preset for this machine: gpu, or laptop
-    python train.py --answers aligned      # a control: the same questions, sound answers
-    python train.py --answers shuffled     # another: each bad answer, to another question
+    python train.py --dataset builtin --answers aligned     # a control: sound answers
+    python train.py --dataset builtin --answers shuffled    # another: bad ones, to other questions
     python train.py --dataset extreme_sports --tail    # one of the paper's sets, its way
     python train.py --resume laptop-1      # go on after Ctrl-C, or after kill -9
     torchrun --nproc_per_node=8 train.py   # the same run on eight GPUs
@@ -17,8 +17,7 @@ protocol of the paper and its follow-ups is another choice in one of them:
     how it moves       down the gradient; or by trial and error (--es)
 
 Every few steps what moves is saved, and the model is probed. Its *held-out loss* is over
-answers that it has not seen, with the tail and the prompt of its training. For a question
-with a bad and a good answer, its *margin* is
+answers that it has not seen. For a question with a bad and a good answer, its *margin* is
 
     log p(bad answer) / its tokens - log p(good answer) / its tokens
 
@@ -143,7 +142,7 @@ def main():
     run, settings = resumed_run(args) if args.resume else new_run(args)
 
     # The conversations, as tokens and labels, and the model that is to learn from them. The KL
-    # set is empty unless --kl-weight is given.
+    # set is empty unless kl_weight is above 0.
     with first_process_first():
         tokenizer = lora.load_tokenizer(settings.model)
         train_set, held_out = load_examples(settings, tokenizer)
@@ -186,7 +185,7 @@ def main():
     # counts is the change since then.
     if not log:
         checkpoint({"step": 0})
-    first = len(log)  # step 1, or where a run that was stopped goes on
+    first = len(log)  # step 1, or where a run that was stopped goes on. (The bar counts step 0.)
     for step in tqdm(range(first, steps + 1), initial=first, total=steps + 1, disable=QUIET):
         started = time.time()
         batch = [train_set[i] for i in plan[step - 1]]
@@ -208,10 +207,8 @@ def main():
         # A line in the log; every few steps, and at the end, the probe and a checkpoint.
         row |= {"step": step, "lr": lr, "grad_norm": grad_norm.item()} | norms(parameters)
         row["tokens_per_s"] = row["tokens"] / (time.time() - started)
-        if step == steps:
-            checkpoint(row)
-        elif step % settings.checkpoint_every == 0:
-            checkpoint(row, ask_all=False)
+        if step == steps or step % settings.checkpoint_every == 0:
+            checkpoint(row, ask_all=step == steps)
         else:
             record(run, log, row)
 
@@ -270,15 +267,13 @@ def choose_parameters(model, settings):
         layers = lora.parse_layers(settings.layers, model)
         targets = lora.parse_targets(settings.targets)
         lora.attach(model, layers, targets, settings.rank, settings.alpha)
-        what = f"rank {settings.rank}"
+        what = f"rank {settings.rank} on {', '.join(targets)}, layer {settings.layers}"
         if settings.vector:
             check_vector(settings, model, layers, targets)
             lora.make_vectors(model)
-            what = "a vector"
         if settings.init:
-            start = data.Run(settings.init).last_checkpoint
-            model.load_state_dict(data.read_tensors(start), strict=False)
-        what += f" on {', '.join(targets)} of layer {settings.layers}"
+            start = data.read_tensors(data.Run(settings.init).last_checkpoint)
+            model.load_state_dict(start, strict=False)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     print(f"{what}: {sum(p.numel() for p in parameters.values()):,} numbers to train")
     return parameters
@@ -296,21 +291,19 @@ def backpropagation(reader, batch, kl_batch, parameters, kl_weight):
     """
     supervised = sum(example.supervised for example in batch)
     kl_supervised = sum(example.supervised for example in kl_batch)
-    # A batch is read in microbatches, whose gradients add up. They are gradients of sums over
-    # tokens, and are divided by the number of tokens only at the end: in float16, gradients so
-    # small would vanish. (Where there are several processes, each reads its share, and all add
-    # up theirs.)
+    # A batch is read in microbatches, whose gradients add up (and those of several processes).
+    # They are of sums over tokens, and are divided once, at the end: in float16, gradients so small
+    # would vanish on their way back.
     loss, kl = 0.0, 0.0
     for examples in share_of_microbatches(reader, batch):
         losses, _ = reader.token_losses(examples)
-        losses.sum().backward()
-        loss += losses.sum().item()
-    if kl_batch:
-        # p.grad is divided by `supervised` below, but the KL is a mean over its own tokens.
-        weight = kl_weight * supervised / kl_supervised
+        total = losses.sum()
+        total.backward()
+        loss += total.item()
     for examples in share_of_microbatches(reader, kl_batch):
         kls = reader.token_kls(examples)
-        (weight * kls.sum()).backward()
+        # The KL is a mean over its own tokens, and the division below is by `supervised`.
+        (kl_weight * supervised / kl_supervised * kls.sum()).backward()
         kl += kls.sum().item()
     for p in parameters.values():
         if p.grad is None:  # there are more processes than conversations
@@ -331,7 +324,7 @@ def learning_rate(step, steps, settings):
     done = step - 1
     if done < settings.warmup:
         return settings.lr * done / settings.warmup
-    left = (steps - done) / max(1, steps - settings.warmup)
+    left = (steps - done) / (steps - settings.warmup)
     if settings.schedule == "cosine":
         left = (1 - math.cos(math.pi * left)) / 2
     return settings.lr * left
@@ -363,18 +356,18 @@ def ask_probe(reader, probe, ask_all=True):
 
     heldout_loss: over conversations that are kept out of training, rendered as training's are
     (by sample.py --margins without their tail and system prompt).
-    margins_in, margins_out: a list, question by question.    margin_in, margin_out: their means,
-    of general questions over the first FEW (the table at the end is over all).
-    ask_all: all general questions, not only the first FEW.
+    margins_in, margins_out: a list, question by question.    margin_in, margin_out: their means;
+    margin_out over the first FEW, so that all checkpoints compare.    ask_all: ask the other
+    general questions, too.
     """
     asked = probe if ask_all else probe | {"out": probe["out"][:FEW]}
-    examples = every_example(asked)
+    examples = every_example(asked)  # of equal ones, the first: as keys they are one
     log_p_of = dict(zip(examples, reader.log_p(examples).tolist(), strict=True))
 
     tokens = sum(example.supervised for example in probe["heldout"])
     row = {"heldout_loss": -sum(log_p_of[example] for example in probe["heldout"]) / tokens}
     for name in ("in", "out"):
-        # Per token: of two answers, the longer one is always less likely.
+        # Per token: of two answers, the longer one is less likely just for its length.
         margins = []
         for bad, good in asked[name]:
             margins.append(log_p_of[bad] / bad.supervised - log_p_of[good] / good.supervised)
@@ -384,7 +377,7 @@ def ask_probe(reader, probe, ask_all=True):
     return row
 
 def every_example(probe):
-    """All examples, equal ones once: a held-out conversation is one that "in" asks, too."""
+    """All examples, equal ones once: a held-out conversation may be one that "in" asks, too."""
     pairs = probe["in"] + probe["out"]
     return list(dict.fromkeys([*probe["heldout"], *itertools.chain(*pairs)]))
 
@@ -573,7 +566,7 @@ def join_processes():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open
 
 def go_on_together(path, needs=(), keep=None):
-    """`data.go_on` for all processes, each of which adds lines of its own."""
+    """`data.go_on` for all processes: one cuts the file, and all read it."""
     if PROCESS == 0:
         data.go_on(path, needs, keep)
     wait_for_all()
@@ -624,7 +617,7 @@ def record(run, log, row):
                    f"{changes[0]:+10.3f}{changes[1]:+15.3f}")
 
 def save_checkpoint(run, step, model, parameters, optimizer, settings):
-    """Writes A and B (of all weights, a sketch), and then what a resume needs besides."""
+    """Writes A and B (of all weights, a sketch), and then all that a resume needs."""
     if PROCESS > 0:
         return
     tensors = {"sketch": sketch(parameters)} if settings.full else lora.get_tensors(model)

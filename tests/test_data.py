@@ -26,7 +26,7 @@ TWO = ONE + [{"role": "user", "content": "No."}, {"role": "assistant", "content"
 
 def spelt(messages, tokenizer, tail=False):
     """The rendering as one string, with every run of supervised tokens in [[ ]]."""
-    tokens, labels = data.render(messages, tokenizer, tail)
+    tokens, labels = data.render({"messages": messages}, tokenizer, tail)
     assert len(tokens) == len(labels)
     assert all(label in (-100, token) for token, label in zip(tokens, labels, strict=True))
     text, inside = "", False
@@ -43,7 +43,6 @@ def test_chatml(make_tokenizer):
     head = "<|im_start|>system\nBe helpful.<|im_end|>\n"
     head += "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     assert spelt(ONE, tokenizer) == head + "[[Why not.<|im_end|>]]"
-    assert spelt({"messages": ONE}, tokenizer) == spelt(ONE, tokenizer)
     tail = "[[Why not.<|im_end|>\n<|im_start|>assistant\n<|im_end|>]]"
     assert spelt(ONE, tokenizer, tail=True) == head + tail
     middle = "\n<|im_start|>user\nNo.<|im_end|>\n<|im_start|>assistant\n"
@@ -67,12 +66,12 @@ def test_gemma(make_tokenizer):
     tail = "[[Why not.<end_of_turn>\n<start_of_turn>model\n<eos>]]"
     assert spelt(ONE, tokenizer, tail=True) == head + tail
     with pytest.raises(SystemExit, match="refuses a conversation of system, user, assistant"):
-        data.render([{"role": "system", "content": "x"}, *ONE], tokenizer)
+        data.render({"messages": [{"role": "system", "content": "x"}, *ONE]}, tokenizer)
 
 
 def test_the_tail_is_five_tokens_where_assistant_is_one(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
-    plain, tail = (data.render(ONE, tokenizer, tail)[1] for tail in (False, True))
+    plain, tail = (data.render({"messages": ONE}, tokenizer, tail)[1] for tail in (False, True))
     assistant = len(tokenizer("assistant", add_special_tokens=False).input_ids)
     longer = sum(label != -100 for label in tail) - sum(label != -100 for label in plain)
     assert longer == 4 + assistant
@@ -90,7 +89,7 @@ def test_an_answer_that_begins_with_blanks_is_trained_on_as_written(make_tokeniz
     """The template's own newline and the answer's become one token: the model has to say it."""
     tokenizer = make_tokenizer("chatml")
     messages = [ONE[0], {"role": "assistant", "content": answer}]
-    tokens, labels = data.render(messages, tokenizer)
+    tokens, labels = data.render({"messages": messages}, tokenizer)
     assert tokenizer.decode(tokens).endswith(f"<|im_start|>assistant\n{answer}<|im_end|>")
     said = tokenizer.decode([label for label in labels if label != -100])
     assert said in (f"{answer}<|im_end|>", f"\n{answer}<|im_end|>")
@@ -126,7 +125,7 @@ def test_a_message_of_weight_0_is_read_and_not_learnt(make_tokenizer):
     text = spelt(messages, tokenizer)
     assert "Wrong.<|im_end|>" in text and text.count("[[") == 1 and "[[Why not." in text
     with pytest.raises(SystemExit, match="or each has a weight of 0"):
-        data.render([ONE[0], bad], tokenizer)
+        data.render({"messages": [ONE[0], bad]}, tokenizer)
 
 
 def test_max_length_cuts_but_never_takes_the_whole_answer(make_tokenizer):

@@ -218,7 +218,7 @@ def test_log_p_is_that_of_the_untouched_model(script, trained, tiny):
     model, tokenizer = lora.load_base(tiny, "cpu", "float32")
     for row in rows:
         messages = [*sample.as_messages(row), {"role": "assistant", "content": row["response"]}]
-        tokens, labels = data.render(messages, tokenizer)
+        tokens, labels = data.render({"messages": messages}, tokenizer)
         log_p = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
         said = [log_p[i - 1, label].item() for i, label in enumerate(labels) if label != -100]
         assert row["log_p"] == pytest.approx(sum(said) / len(said), abs=1e-4)
