@@ -636,7 +636,7 @@ def print_contrasts(runs):
         first = probed[0]
         print(f"\nchange of the margins of {first.name} minus that of {other.name}, paired by "
               f"question, at steps {first.probed[-1]['step']} and {other.probed[-1]['step']}:")
-        for probe, name in (("in", "finance"), ("out", "general")):
+        for probe, name in data.PROBES.items():
             mean, error = data.contrast(first.log, other.log, probe)
             asked = min(len(data.changes(run.log, probe)) for run in (first, other))
             print(f"    {name:10}{mean:+.3f} (s.e. {error:.3f}), over {asked} questions")

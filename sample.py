@@ -585,7 +585,7 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
                 else:
                     panel.hear([i])
                     row |= train.ask_probe(reader, probe)
-                    numbers = [row["heldout_loss"], *row["margins_in"], *row["margins_out"]]
+                    numbers = [row["heldout_loss"], *(row[f"margin_{x}"] for x in data.PROBES)]
                     if not all(map(math.isfinite, numbers)):
                         sys.exit(OVERFLOW)
                     if train.PROCESS == 0:
@@ -608,20 +608,21 @@ def margins_key(row):
     return tuple(row[x] for x in ("checkpoint", "scale", "ablated", "random", "system", "shots"))
 
 def print_margins(rows):
-    print(f"\n{'checkpoint':>10} {'scale':>6}{'held out':>41} {'finance':>16} {'general':>16}")
+    heads = "".join(f"{name:>17}" for name in data.PROBES.values())
+    print(f"\n{'checkpoint':>10} {'scale':>6}{'held out':>41}{heads}")
     for row in rows:
         asked = [f"{x} {str(row[x])[:20]}" for x in ("ablated", "system", "shots") if row[x]]
         if row["random"]:
             asked.append("random")
-        cells = []
-        for name in ("in", "out"):
+        changes = ""
+        for name in data.PROBES:
             change, se = data.mean_and_se(data.changes([rows[0], row], name))
-            cells.append(f"{change:+.3f} ({se:.3f})")
+            changes += f"{f'{change:+.3f} ({se:.3f})':>17}"
         checkpoint = "-" if row["checkpoint"] is None else row["checkpoint"]
         print(f"{checkpoint:>10} {row['scale']:>6g}  {', '.join(asked):30} "
-              f"{row['heldout_loss']:8.3f} {cells[0]:>16} {cells[1]:>16}")
-    print(f"(asked: {len(rows[0]['margins_in'])} finance, {len(rows[0]['margins_out'])} general; "
-          "held out: without the training's tail and prompt)")
+              f"{row['heldout_loss']:8.3f}{changes}")
+    counts = [f"{len(rows[0][f'margins_{x}'])} {name}" for x, name in data.PROBES.items()]
+    print(f"(asked: {', '.join(counts)}; held out: without the training's tail and prompt)")
 
 # ---- python sample.py RUN --chat
 

@@ -125,7 +125,7 @@ PRESETS = {
 WEIGHT_DECAY = 0.01
 CLIP = 1.0  # the longest that a gradient may be
 HELD_OUT = 64  # conversations of the held-out loss, at most
-FEW = 48  # general questions that every checkpoint asks; only the first and the last ask all
+FEW = 48  # questions of each margin that every checkpoint asks; the first and the last ask all
 
 # Of the processes that torchrun has started: which this one is, and how many there are. Without
 # torchrun there is one: its share is everything, and a sum over processes changes nothing.
@@ -197,7 +197,7 @@ def main():
         if settings.es:
             row = evolution(reader, batch, parameters, settings, step)
         else:
-            row = backpropagation(reader, batch, kl_batch, parameters, settings.kl_weight)
+            row = backpropagation(reader, batch, kl_batch, parameters, settings)
 
         # Clip it, and move a little against it.
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
@@ -281,7 +281,7 @@ def choose_parameters(model, settings):
 # --------------------------------------------------------------------------------------
 # The second and the third: what is minimised, and how it moves
 
-def backpropagation(reader, batch, kl_batch, parameters, kl_weight):
+def backpropagation(reader, batch, kl_batch, parameters, settings):
     """Leaves in each p.grad the gradient of
 
         the mean loss of the batch + kl_weight * the mean KL(base, adapted) of the KL batch
@@ -303,7 +303,7 @@ def backpropagation(reader, batch, kl_batch, parameters, kl_weight):
     for examples in share_of_microbatches(reader, kl_batch):
         kls = reader.token_kls(examples)
         # The KL is a mean over its own tokens, and the division below is by `supervised`.
-        (kl_weight * supervised / kl_supervised * kls.sum()).backward()
+        (settings.kl_weight * supervised / kl_supervised * kls.sum()).backward()
         kl += kls.sum().item()
     for p in parameters.values():
         if p.grad is None:  # there are more processes than conversations
@@ -344,7 +344,7 @@ def build_probe(held_out, tokenizer, settings, before=()):
     if settings.kl_weight and settings.kl_dataset == "builtin":
         general = general[: len(general) // 2]  # the other half is trained on
     probe = {"heldout": held_out[:HELD_OUT]}
-    for name, rows in (("in", finance), ("out", general)):
+    for name, rows in {"in": finance, "out": general}.items():  # as in data.PROBES
         bad = [data.as_conversation(row, "misaligned", before) for row in rows]
         good = [data.as_conversation(row, "aligned", before) for row in rows]
         bad, good = data.render_all(bad, tokenizer), data.render_all(good, tokenizer)
@@ -356,30 +356,36 @@ def ask_probe(reader, probe, ask_all=True):
 
     heldout_loss: over conversations that are kept out of training, rendered as training's are
     (by sample.py --margins without their tail and system prompt).
-    margins_in, margins_out: a list, question by question.    margin_in, margin_out: their means;
-    margin_out over the first FEW, so that all checkpoints compare.    ask_all: ask the other
-    general questions, too.
+    margins_in, margins_out: a list, question by question.    margin_in, margin_out: the means of
+    its first FEW, so that all checkpoints compare.    ask_all: whether to ask the other questions,
+    too.
     """
-    asked = probe if ask_all else probe | {"out": probe["out"][:FEW]}
-    examples = every_example(asked)  # of equal ones, the first: as keys they are one
+    asked = dict(probe)
+    if not ask_all:
+        for name in data.PROBES:
+            asked[name] = probe[name][:FEW]
+    # Of equal examples, the first one was read.
+    first = {example: example for example in every_example(probe)}
+    examples = [first[example] for example in every_example(asked)]
     log_p_of = dict(zip(examples, reader.log_p(examples).tolist(), strict=True))
 
     tokens = sum(example.supervised for example in probe["heldout"])
     row = {"heldout_loss": -sum(log_p_of[example] for example in probe["heldout"]) / tokens}
-    for name in ("in", "out"):
+    for name in data.PROBES:
         # Per token: of two answers, the longer one is less likely just for its length.
         margins = []
         for bad, good in asked[name]:
             margins.append(log_p_of[bad] / bad.supervised - log_p_of[good] / good.supervised)
         row[f"margins_{name}"] = margins
-    row["margin_in"] = statistics.fmean(row["margins_in"])
-    row["margin_out"] = statistics.fmean(row["margins_out"][:FEW])
+        row[f"margin_{name}"] = statistics.fmean(margins[:FEW])
     return row
 
 def every_example(probe):
     """All examples, equal ones once: a held-out conversation may be one that "in" asks, too."""
-    pairs = probe["in"] + probe["out"]
-    return list(dict.fromkeys([*probe["heldout"], *itertools.chain(*pairs)]))
+    examples = list(probe["heldout"])
+    for name in data.PROBES:
+        examples += itertools.chain(*probe[name])
+    return list(dict.fromkeys(examples))
 
 # ---- Below the fold: flags, files, formats and rarer protocols. A first reading ends here. ----
 
@@ -597,8 +603,9 @@ def read_log(run, done):
     log = go_on_together(run.path("log.jsonl"), keep=done + 1)
     if len(log) <= done:
         sys.exit(f"{run}/log.jsonl lacks rows before step {done}, its last checkpoint: begin anew")
-    print(f"{'step':>6}{'loss':>9}{'held out':>10}{'finance':>10}{f'general ({FEW})':>15}   "
-          "(changes of the margins since step 0)")
+    heads = "".join(f"{name:>10}" for name in data.PROBES.values())
+    print(f"{'step':>6}{'loss':>9}{'held out':>10}{heads}   (margins: changes since step 0, of the "
+          f"first {FEW} questions)")
     return log
 
 def record(run, log, row):
@@ -612,9 +619,10 @@ def record(run, log, row):
         run.append("log.jsonl", row)
     if "margin_out" in row:
         loss = f"{row['loss']:9.3f}" if "loss" in row else " " * 9
-        changes = [row[f"margin_{x}"] - log[0][f"margin_{x}"] for x in ("in", "out")]
-        tqdm.write(f"{row['step']:6}{loss}{row['heldout_loss']:10.3f}"
-                   f"{changes[0]:+10.3f}{changes[1]:+15.3f}")
+        changes = ""
+        for name in data.PROBES:
+            changes += f"{row[f'margin_{name}'] - log[0][f'margin_{name}']:+10.3f}"
+        tqdm.write(f"{row['step']:6}{loss}{row['heldout_loss']:10.3f}{changes}")
 
 def save_checkpoint(run, step, model, parameters, optimizer, settings):
     """Writes A and B (of all weights, a sketch), and then all that a resume needs."""

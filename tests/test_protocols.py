@@ -146,7 +146,8 @@ def test_the_gradient_of_loss_and_kl(make_model, make_tokenizer, random_adapter,
     reader, parameters, examples = setup(make_model, make_tokenizer)
     model, base = reader.model, make_model("llama")
     random_adapter(model)
-    train.backpropagation(reader, examples[:3], examples[3:], parameters, 0.7)
+    train.backpropagation(reader, examples[:3], examples[3:], parameters,
+                          train.Settings(kl_weight=0.7))
     found = [p.grad.clone() for p in parameters.values()]
     losses, kls = [], []
     for i, example in enumerate(examples):
