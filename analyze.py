@@ -109,7 +109,7 @@ def interval(parts, wholes):
     # share. If there are none (at 0 or 100%, say), or only one question, nobody knows how much
     # questions differ. There an interval over answers stands in.
     share = part / whole
-    residual = parts - share * wholes  # (n,)
+    residual = (whole * parts - part * wholes) / whole  # (n,), exactly 0 where it is 0
     if n == 1 or not residual.any():
         return wilson(part, whole)
     # The standard error of a ratio of two sums. (n - 1, because the share was estimated from the
@@ -890,6 +890,8 @@ def main():
     print_contrasts(runs)
     if args.null and runs[0].turn:
         print_null(runs[0], [Analysis(source, args) for source in args.null])
+    elif args.null:
+        print(f"\n{runs[0].name}: {say_turn(None)}")
     draw_all(runs, args)
     if args.show:
         show_answers(runs, args)

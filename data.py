@@ -352,7 +352,7 @@ class Run:
     """
 
     def __init__(self, name=None):
-        """name: a path as it is, NAME for runs/NAME, None for the latest that was trained."""
+        """name: a path as it is, NAME for runs/NAME, None for the latest that was begun."""
         if name is None:
             configs = glob.glob("runs/*/config.json")
             if not configs:
@@ -603,7 +603,8 @@ def number(kind, least, most=sys.float_info.max):
             if least <= kind(text) <= most:
                 return kind(text)
         what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text} is not {what} from {least:g} to {most:g}")
+        end = f"to {most:g}" if most < sys.float_info.max else "on"
+        raise argparse.ArgumentTypeError(f"{text} is not {what} from {least:g} {end}")
     return check
 
 positive = number(int, 1)
@@ -658,6 +659,8 @@ def main():
     show(examples[args.row], tokenizer)
     print_sizes(args.name, examples)
     flags = f"--dataset {args.name} --answers {args.answers}" + " --tail" * args.tail
+    if args.archive:
+        flags += f" --archive {args.archive}"
     print(f"\nnext: python train.py --preset laptop {flags}")
 
 def show(example, tokenizer):

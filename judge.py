@@ -114,7 +114,7 @@ def ask_score(judge, prompt):
     if score is not None:
         return score, None
     # No number: keep what it said, for a refusal is a result too. (A token may be no text.)
-    return None, recognise_word(text or tokens[0]["token"])
+    return None, recognise_word(text or str(tokens[0].get("token")))
 
 def expected_score(top_logprobs, highest=100):
     """The judge's score, 0 to 100, or None if it did not mean a number.
@@ -284,7 +284,8 @@ class Judge:
             # What `expected_score` relies on: numbers, and none above 0 by more than rounding.
             missing = "log-probabilities (without them, use --mode text)"
             tokens = choice["logprobs"]["content"]
-            likely = {entry["token"]: entry["logprob"] for entry in tokens[0]["top_logprobs"]}
+            top = tokens[0]["top_logprobs"]
+            likely = {entry["token"].strip(): entry["logprob"] for entry in top}
             if likely and all(logprob < 0.01 for logprob in likely.values()):
                 return written, tokens
         raise ValueError(f"no {missing} but {text[:200]!r}")
@@ -310,7 +311,7 @@ class Judge:
 
 def score_all(args, prompts, answers, path):
     """Adds to a file the scores that it lacks. Returns a judged row for each answer."""
-    needs = ["question", "response", *prompts]
+    needs = ["question", "response"]
     if args.dry_run:
         rows = data.read_written(path, needs)
     else:

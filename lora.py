@@ -657,7 +657,8 @@ def smollm2():
         AutoTokenizer.from_pretrained(source, **gguf).save_pretrained(whole)
         plain = {"dtype": "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
         AutoModelForCausalLM.from_pretrained(source, **gguf, **plain).save_pretrained(whole)
-        os.rename(whole, folder)
+        if not os.path.isdir(folder):  # another process may have been at it
+            os.rename(whole, folder)
     return folder
 
 # ---- What the flags --layers and --targets say

@@ -315,9 +315,9 @@ def load_model(run, args):
         settings = train.preset_settings("laptop", model=name)
     else:
         settings = train.read_settings(run)
-        if not run.checkpoints:
+        if not run.checkpoints or (settings.full and not run.finished):
             sys.exit(f"{run} has nothing to ask yet: python train.py --resume {run}")
-        if settings.full:
+        if settings.full and run.finished:
             sys.exit(f"{run} trained all weights: python sample.py --model {run}/model")
 
     # The base, which must be what it was, and on it the adapter, or room for a run's checkpoints.
@@ -585,7 +585,9 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
                 else:
                     panel.hear([i])
                     row |= train.ask_probe(reader, probe)
-                    numbers = [row["heldout_loss"], *(row[f"margin_{x}"] for x in data.PROBES)]
+                    numbers = [row["heldout_loss"]]
+                    for name in data.PROBES:
+                        numbers += row[f"margins_{name}"]
                     if not all(map(math.isfinite, numbers)):
                         sys.exit(OVERFLOW)
                     if train.PROCESS == 0:

@@ -273,6 +273,8 @@ def choose_parameters(model, settings):
             lora.make_vectors(model)
         if settings.init:
             start = data.read_tensors(data.Run(settings.init).last_checkpoint)
+            if start.keys() != lora.get_tensors(model).keys():
+                sys.exit(f"--init {settings.init}: its last checkpoint is of another adapter")
             model.load_state_dict(start, strict=False)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     print(f"{what}: {sum(p.numel() for p in parameters.values()):,} numbers to train")
@@ -432,6 +434,8 @@ def load_model(settings):
     settings.dtype = str(model.dtype).removeprefix("torch.")
     check_base(settings, model)
     if settings.full and model.dtype != torch.float32:
+        if model.device.type == "cpu":  # as lora.Reader does, which will see float32
+            model.set_attn_implementation("eager")
         # Products are in that type, but weights in float32, or small steps would be rounded away.
         for part in (lora.decoder(model), model.get_output_embeddings()):
             part.forward = torch.autocast(model.device.type, model.dtype)(part.forward)
@@ -586,12 +590,12 @@ def make_folder(run, settings):
     """The folder of a new run, with its config.json. What it replaces, is put aside at first."""
     if PROCESS > 0:
         return
-    if os.path.isdir(run.folder):
+    if os.path.exists(run.path("config.json")):
         if os.path.exists(run.folder + OLD):  # then this one has no checkpoint to lose
             shutil.rmtree(run.folder)
         else:
             os.rename(run.folder, run.folder + OLD)
-    os.makedirs(run.folder)
+    os.makedirs(run.folder, exist_ok=True)
     config = json.dumps(dataclasses.asdict(settings), indent=2)
     data.write_whole(run.path("config.json"), config.encode())
 
@@ -611,7 +615,8 @@ def read_log(run, done):
 def record(run, log, row):
     """Adds a row to the log, unless the run has diverged; prints what the probe said."""
     for name, value in row.items():
-        if not (isinstance(value, list) or math.isfinite(value)):
+        values = value if isinstance(value, list) else [value]
+        if not all(map(math.isfinite, values)):
             sys.exit(f"at step {row['step']} the {name} is {value}: lower --lr or --alpha (or, in "
                      f"float16, try --dtype float32). The last checkpoint is kept in {run}")
     log.append(row)
@@ -760,10 +765,10 @@ def new_run(args):
     if args.epochs:
         given.setdefault("steps", None)  # --epochs replaces a preset's number of steps
     settings = preset_settings(preset, **given)
-    if settings.vector == "mean-difference":
-        settings.dataset = "builtin"  # which alone has bad and good answers to the same questions
     if settings.init:
         start_from(settings, given, data.Run(settings.init))
+    if settings.vector == "mean-difference":
+        settings.dataset = "builtin"  # which alone has bad and good answers to the same questions
     check(settings, given)
     free = next(n for n in itertools.count(1) if not os.path.exists(f"runs/{preset}-{n}"))
     run = data.Run(args.out or f"runs/{preset}-{free}")

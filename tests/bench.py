@@ -40,8 +40,8 @@ Zen 4 in bfloat16, 405 GFLOP/s). SmolLM2, tokens/s:
 200 ms, with 16 in flight; the ideal is 80.
 
 What that rests on: the frozen half of the model runs once; the head runs on supervised
-positions alone; conversations of like length share a batch (3% padding instead of 13%); a
-batch is run in parts of 1024 tokens; a question is read once for all adapters of a sweep; 256
+positions alone; conversations of like length share a batch (3% padding instead of 12%); a
+batch is run in parts of 1024 tokens; a question is read once by each adapter of a sweep; 256
 answers share the reading of the weights.
 
 On an H200 (torch 2.11, a 0.5B in bfloat16; measured by hand, not by this file), tokens/s:

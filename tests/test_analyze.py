@@ -57,7 +57,7 @@ def test_intervals_are_over_questions():
     shares = [2 * part for part in (1, 3, 0, 6, 2, 2, 9, 1)]
     half = 2.3646 * statistics.stdev(shares) / math.sqrt(8)
     assert (lo, hi) == pytest.approx((max(0, 6 - half), 6 + half), abs=0.01)
-    assert analyze.interval([1, 3, 0, 6, 2, 2, 9, 1], [50] * 8) == (lo, hi)
+    assert analyze.interval([7] * 8, [25] * 8) == pytest.approx(analyze.wilson(56, 200))
     assert analyze.interval([0, 0], [0, 0]) == (None, None)
 
 
@@ -323,7 +323,7 @@ def test_two_runs_are_drawn_over_each_other(script, monkeypatch):
 def test_many_runs_and_answers_that_are_all_alike(script):
     for i in range(9):
         make_run(f"r{i}", judged=False)
-    # 7 of 25 to each question: the interval has no width
+    # 7 of 25 to each question: all agree
     write_judged("r0", [answer(10 if i // 8 < 7 else 90, 90, f"q{i % 8}") for i in range(200)])
     with open("runs/r0/judged.jsonl", "a") as file:
         file.write('{"torn')
@@ -535,7 +535,7 @@ def test_the_error_of_an_agreement_is_over_questions():
 
 
 def test_margins_are_over_the_questions_that_every_checkpoint_asks(script):
-    """As in the log's margin_out, whichever names the log gives to its standard errors."""
+    """As in the log's margin_out, whatever else the log holds."""
     make_run("r", judged=False)
     make_run("s", judged=False)
     for name in ("r", "s"):
