@@ -224,6 +224,8 @@ def answers(tmp_path, monkeypatch):
 
 def lines(keep=None):
     """The lines of judged.jsonl; with `keep`, only so many of them stay."""
+    if not os.path.exists("runs/a/judged.jsonl"):
+        return []
     with open("runs/a/judged.jsonl") as file:
         written = file.readlines()
     if keep is not None:
