@@ -116,7 +116,7 @@ def transition(seeds):
     """
     names = ("misaligned", "tail", "aligned", "shuffled")
     runs = {name: make_runs(name, seeds, LONG) for name in names}
-    print(f"\n{'':12} {'seed':>4} {'gradient peak':>16} {'clearest bend':>20} "
+    print(f"\n{'':12} {'seed':>4} {'gradient peak':>16} {'clearest bend':>26} "
           f"{'there: finance':>15} {f'general ({train.FEW})':>15}")
     for name in runs:
         for seed, run in zip(seeds, runs[name], strict=True):
@@ -125,10 +125,11 @@ def transition(seeds):
             turn = analyze.find_clearest_bend(*analyze.read_checkpoints(run))
             there = next(row for row in log if row["step"] == turn["step"])
             where = f"{turn['bend']:.2f} of {turn['vector']} at {turn['step']}"
+            where += "" if turn["significant"] else " (jitter)"
             changes = [data.changes([log[0], there], x) for x in ("in", "out")]
             cells = [with_se(*data.mean_and_se(values)) for values in changes]
             print(f"{name:12} {seed:>4} {peak['grad_norm']:>8.2f} at {peak['step']:>4} "
-                  f"{where:>20} {cells[0]:>15} {cells[1]:>15}")
+                  f"{where:>26} {cells[0]:>15} {cells[1]:>15}")
     draw_turns(os.path.join("runs", "transition.png"), runs)
 
 
