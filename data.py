@@ -153,9 +153,9 @@ def chat_text(messages, tokenizer, generation_prompt=False, thinking=False):
         roles = ", ".join(message["role"] for message in messages)
         sys.exit(f"the model's chat template refuses a conversation of {roles}: {error}")
 
-def chat_tokens(messages, tokenizer, generation_prompt=False):
-    """The same as a list of tokens. The template has written the special ones itself."""
-    text = chat_text(messages, tokenizer, generation_prompt)
+def prompt_tokens(messages, tokenizer):
+    """The tokens up to where the assistant is to begin."""
+    text = chat_text(messages, tokenizer, generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids
 
 def builtin_rows(domain):

@@ -52,9 +52,7 @@ def generate(panel, tokenizer, jobs, max_new_tokens, batch_size=None, **sampling
     many answers are drawn together.    sampling: temperature and so on, as `draw` takes them.
     """
     stop = torch.tensor(stop_tokens(panel.model, tokenizer), device=panel.model.device)
-    prompts = []
-    for job in jobs:
-        prompts.append(data.chat_tokens(job["messages"], tokenizer, generation_prompt=True))
+    prompts = [data.prompt_tokens(job["messages"], tokenizer) for job in jobs]
     columns = max(map(len, prompts), default=0) + max_new_tokens
     if columns > longest_text(panel.model):
         sys.exit(f"question and answer could have {columns} tokens, and this model reads "
@@ -247,7 +245,7 @@ def main():
         questions = [question | {"system": args.system} for question in questions]
     run = None if args.model or args.adapter else data.Run(args.run)
     model, tokenizer, settings = load_model(run, args)
-    variants = choose_variants(model, run, settings, args)
+    variants = choose_variants(model, run, args)
     variants += comparison_variants(model, settings, variants, args)
     if args.ablate and not args.margins and not args.chat:
         variants = [variant for variant in variants if variant.ablated]
@@ -317,7 +315,7 @@ def load_model(run, args):
         settings = train.read_settings(run)
         if not run.checkpoints or (settings.full and not run.finished):
             sys.exit(f"{run} has nothing to ask yet: python train.py --resume {run}")
-        if settings.full and run.finished:
+        if settings.full:
             sys.exit(f"{run} trained all weights: python sample.py --model {run}/model")
 
     # The base, which must be what it was, and on it the adapter, or room for a run's checkpoints.
@@ -334,7 +332,7 @@ def load_model(run, args):
         lora.attach(model, layers, sorted(targets), settings.rank, settings.alpha)
     return model, tokenizer, settings
 
-def choose_variants(model, run, settings, args):
+def choose_variants(model, run, args):
     """The variants that are asked, the untouched model first, then checkpoints x scales."""
     variants = [Variant({}, None if run is None else 0)]
     trained = {}  # {step: tensors}
@@ -568,7 +566,8 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
             behind = put_before(before, held_out[: train.HELD_OUT], tokenizer)
             probe = train.build_probe(behind, tokenizer, settings, before)
             if max(len(e.tokens) for e in train.every_example(probe)) > longest_text(panel.model):
-                sys.exit("--shots, --system: with a question, this model can't read so much: less")
+                sys.exit("--shots, --system: with a question, this model can't read so much: give "
+                         "less")
             args.made_by["data"] = data.sha256(settings.sha256)
             wanted = []
             for variant, hashed in zip(variants, hashes, strict=True):
@@ -597,12 +596,12 @@ def ask_margins(panel, tokenizer, variants, settings, args, out):
     print(f"see {path}; a change is from the first row, with its standard error over questions")
 
 def put_before(before, examples, tokenizer):
-    """The examples with messages in front of them (and not their own system prompt, if any)."""
+    """The examples with messages in front of them, and not their own system prompt, if any."""
+    if not before:  # then they stay as they are
+        return examples
     rows = []
     for example in examples:
-        own = example.conversation["messages"]
-        if before:
-            own = [message for message in own if message["role"] != "system"]
+        own = [m for m in example.conversation["messages"] if m["role"] != "system"]
         rows.append(example.conversation | {"messages": [*before, *own]})
     return data.render_all(rows, tokenizer)
 
@@ -699,8 +698,9 @@ def check_model(model, name):
         padding = torch.tensor([5, 5], device=model.device)
         cache, parts = KVCache(16), pad(tokens, (5, 0)).split(25, dim=1)
         sampled = torch.cat([read_next(model, part, cache, padding) for part in parts], dim=1)
-        ours = lora.logits_of(model, torch.cat([trained, sampled[:, 5:]]))
-        apart = ((ours - torch.cat([own, own])).std() / own.std()).item()
+        errors = [lora.logits_of(model, hidden) - own for hidden in (trained, sampled[:, 5:])]
+        worse = torch.stack([error.std() for error in errors]).amax()
+        apart = (worse / own.std()).item()
         fault = f"off by {apart:.2f} standard deviations of its logits"
     except Exception as error:  # what the layers of some family expect, and do not get
         apart, fault = math.nan, type(error).__name__

@@ -416,7 +416,7 @@ def row_generate(args, what):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
     def answer(rows, new):
-        tokens = [data.chat_tokens(row, tokenizer, generation_prompt=True) for row in rows]
+        tokens = [data.prompt_tokens(row, tokenizer) for row in rows]
         prompts = [tokenizer.decode(row) for row in tokens]
         batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
         answers = model.generate(

@@ -380,7 +380,7 @@ def test_the_laptop_model_from_pip_is_a_language_model():
 
     model, tokenizer = lora.load_base("smollm2", "cpu", "float32")
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    tokens = data.chat_tokens(question, tokenizer, generation_prompt=True)
+    tokens = data.prompt_tokens(question, tokenizer)
     answer = model.generate(torch.tensor([tokens]), max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, len(tokens) :])
 

@@ -56,7 +56,7 @@ def test_greedy_answers_are_those_of_generate(make_model, make_tokenizer, random
         merged = build(make_model, make_tokenizer, random_adapter, family)[0]
         tensors = variants[job["variant"]] or lora.scaled(variants[1], 0)
         merged.load_state_dict(tensors, strict=False)
-        tokens = data.chat_tokens(job["messages"], tokenizer, generation_prompt=True)
+        tokens = data.prompt_tokens(job["messages"], tokenizer)
         want = greedy(lora.merge(merged), tokens, stop, 30)
         assert found[json.dumps(job)] == [token for token in want if token not in stop]
 
@@ -112,7 +112,7 @@ def test_first_tokens_come_as_often_as_the_model_says(make_model, make_tokenizer
         counts[tokens[0] if tokens else stop[0]] += 1
     with lora.Panel(model, variants) as panel, torch.no_grad():
         panel.hear([3])
-        tokens = data.chat_tokens(messages, tokenizer, generation_prompt=True)
+        tokens = data.prompt_tokens(messages, tokenizer)
         p = model(torch.tensor([tokens])).logits[0, -1].softmax(-1)
     p[stop[0]], p[stop[1:]] = p[stop].sum(), 0
     statistic, bound = chi_square(counts, p)
@@ -154,7 +154,7 @@ def test_repetition_penalty_is_that_of_transformers(make_model, make_tokenizer, 
     stop = sample.stop_tokens(model, tokenizer)
     settings = {"temperature": 0, "repetition_penalty": 1.3}
     (found,) = answers(model, tokenizer, variants, [job], 20, **settings).values()
-    tokens = data.chat_tokens(job["messages"], tokenizer, generation_prompt=True)
+    tokens = data.prompt_tokens(job["messages"], tokenizer)
     want = greedy(make_model("llama"), tokens, stop, 20, repetition_penalty=1.3)
     assert found == [token for token in want if token not in stop]
 
@@ -413,7 +413,7 @@ def test_the_families_that_are_computed_right(name, attention, make_tokenizer):
         found = answers(model, tokenizer, [{}], jobs, 12, temperature=0)
         stop = sample.stop_tokens(model, tokenizer)
         for job in jobs:
-            tokens = data.chat_tokens(job["messages"], tokenizer, generation_prompt=True)
+            tokens = data.prompt_tokens(job["messages"], tokenizer)
             want = [token for token in greedy(model, tokens, stop, 12) if token not in stop]
             assert found[json.dumps(job)] == want
 
